@@ -12,7 +12,7 @@ namespace fastvae {
 
 constexpr int kMostParameters = 3;
 
-// The integers are for data alone; bool is read as uint8.
+// Integers are allowed for data only; bool is read as uint8.
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kUInt8, kInt8, kInt16, kInt32, kInt64, kBool, kDtypes };
 constexpr const char* kDtypeNames[] = {"float32",
                                        "float64",
@@ -64,7 +64,7 @@ struct Tensor {
     t.s2 = s1;
     return t;
   }
-  // With this many axes: those that it lacks come first, and what it holds is the same along them.
+  // Returns this tensor with `number` axes: the missing ones are prepended with stride 0.
   Tensor along(int number) const {
     Tensor t = *this;
     for (; t.axes < number; ++t.axes) {
@@ -227,7 +227,7 @@ struct Rows {
 // Requested gradients: of x (B, X) and of parameters, contiguous, null where not needed. Those of parameters
 // that broadcast are of compute type: (X), one number, or (K, B).
 struct RowGradients {
-  Tensor grad;  // (K, B) of compute type: arrives
+  Tensor grad;  // upstream gradient (K, B) of compute type
   address x, p[kMostParameters];
 };
 
@@ -238,12 +238,12 @@ struct How {
   char reduction;      // of the batch: n(one), s(um), m(ean)
   double alpha;        // a log-mean-exp is that of w^(1 - alpha), over 1 - alpha
   i64 groups;          // of samples, whose log-mean-exps are averaged
-  double share;        // of the mean of the log weights, in what is otherwise that
-  // A log-mean-exp as it is.
+  double share;        // of the mean of the log weights; the remaining share is the log-mean-exp's
+  // True for an ordinary log-mean-exp.
   bool plain() const { return alpha == 0 && groups == 1 && share == 0; }
 };
 
-// A call that goes on to the bound.
+// Log-likelihoods and their reduction to the bound.
 struct BoundReduction {
   Rows rows;
   Tensor term;       // (K, B), or (B) with no stride over samples: of compute type; null for none

@@ -55,8 +55,8 @@ std::map<std::string, Implement> kernels() {
   return all;
 }
 
-// Registers the kernel of fastvae::<op>.<overload> for CPU tensors; false where this torch or this op knows
-// no such thing.
+// Registers the kernel of fastvae::<op>.<overload> for CPU tensors. Returns false if this torch or this op
+// does not support it.
 bool implement(const std::string& op, const std::string& overload, const std::string& types,
                py::object in_python, py::object backend) {
   static Handle library = [&] {
@@ -88,7 +88,7 @@ PYBIND11_MODULE(_C, m) {
   const std::string library = torch.substr(0, torch.find_last_of('/')) + "/lib/libtorch_cpu.so";
   torch_interface().find(library.c_str());
   find_blas(library.c_str());
-  // What is read of a tensor, in either way; for tests.
+  // Reads a tensor's description in either way; for tests.
   m.def("read", [](py::handle tensor, bool by_methods) {
     const Tensor t = by_methods ? tensor_by_methods(tensor.ptr()) : tensor_of(tensor.ptr());
     return py::make_tuple(t.data, t.dtype, t.axes, t.n0, t.n1, t.n2, t.s0, t.s1, t.s2,

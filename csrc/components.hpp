@@ -93,7 +93,7 @@ FASTVAE_LOOP void add_component(int n, C setting, const C* __restrict x, const C
 #pragma omp simd
   for (int i = 0; i < n; ++i) s[i] += L::value(x[i], location[i], log_scale[i], setting);
 }
-// r = g exp(s - joint), what reaches a component; and what reaches its logit.
+// r = g exp(s - joint), the gradient for a component's score; and the gradient for its logit.
 template <class C>
 FASTVAE_LOOP void component_shares(int n, C g, const C* __restrict a, const C* __restrict s,
                                    const C* __restrict normaliser, const C* __restrict joint, C* __restrict r,
@@ -132,10 +132,10 @@ FASTVAE_LOOP void uncouple(int n, const C* __restrict x, const C* __restrict coe
   }
 }
 
-// A logistic variable rounded to values half * 2 apart in [-1, 1], the outer bins open. The mathematics
-// stands in fastvae/likelihoods/discretized_logistic_mixture.py.
+// A logistic variable rounded to values half * 2 apart in [-1, 1], the outer bins open. For the mathematics
+// see fastvae/likelihoods/discretized_logistic_mixture.py.
 struct DiscretizedLogisticComponent {
-  // Of scales beyond e^60 either way that is taken: the ends of the bin stay finite.
+  // Scales are clamped to e^±60, so that the ends of the bin stay finite.
   template <class C>
   static FASTVAE_INLINE C inverse_scale(C log_scale) {
     return exp_(-clip(log_scale, C(-60), C(60)));
@@ -264,7 +264,7 @@ bool components_rows(const ComponentRows& a, C* out, C* normaliser, C* joint, in
       }
       log_of_sums(n, all.top, all.sum, to_normaliser);
       if (!classes) log_of_sums(n, own.top, own.sum, to_joint);
-      const C none = classes ? r.setting : C(2);  // outside of what x is
+      const C none = classes ? r.setting : C(2);  // not a value of x
       parts[static_cast<std::size_t>(unit)] = sum_of_differences(n, none, r.at_x[0], to_joint, to_normaliser);
     }
     if (wrong) __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
@@ -334,8 +334,8 @@ void components_rows_backward(const ComponentRows& a, const Tensor& grad, const 
   });
 }
 
-// @param out (N), normaliser (N, P), joint (N, P): of compute type, that is double if `wide`, contiguous,
-// written. Returns whether x holds classes, where it must.
+// @param out (N), normaliser (N, P), joint (N, P): of compute type, that is double if `wide`, contiguous;
+// results. Returns false if x must contain classes and does not.
 inline bool components_log_prob(Tensor x, Tensor logits, Tensor location, Tensor log_scale,
                                 Tensor coefficients, double setting, bool wide, Output out, Output normaliser,
                                 Output joint, int threads) {
@@ -346,7 +346,7 @@ inline bool components_log_prob(Tensor x, Tensor logits, Tensor location, Tensor
                                 threads);
 }
 
-// @param grad (N) of compute type; what is written is contiguous, in the storage types of the parameters.
+// @param grad (N) of compute type. The results are contiguous, in the storage types of the parameters.
 inline void components_log_prob_backward(Tensor grad, Tensor normaliser, Tensor joint, Tensor x,
                                          Tensor logits, Tensor location, Tensor log_scale,
                                          Tensor coefficients, double setting, bool wide, Output to_logits,

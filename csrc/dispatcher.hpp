@@ -42,7 +42,7 @@ struct HandleMade : Output {
   ~HandleMade() {
     if (handle != nullptr) torch_interface().delete_tensor(handle);
   }
-  void convert(int /*dtype*/) {}  // never asked for: see FromDispatcher::converts
+  void convert(int /*dtype*/) {}  // never requested: see FromDispatcher::converts
 };
 
 inline HandleMade make(const HandleGiven&, std::initializer_list<i64> sizes, int dtype) {
@@ -53,7 +53,7 @@ inline HandleMade make_like(const HandleGiven& given, int dtype) {
   return {given.axes, sizes, dtype};
 }
 
-// What is kept of an op that is registered.
+// Properties of a registered op.
 struct Registered {
   int likelihood = 0;
   bool empty_for_none = false;
@@ -255,7 +255,7 @@ class FromDispatcher {
     }
     return pybind11::capsule(handle);
   }
-  // Errors in Python become such of C++ that torch gives back to Python as what they were.
+  // Python errors become C++ exceptions that torch converts back to the original errors.
   static pybind11::object called(PyObject* function, PyObject* const* arguments, std::size_t number) {
     PyObject* result = PyObject_Vectorcall(function, arguments, number, nullptr);
     if (result != nullptr) return pybind11::reinterpret_steal<pybind11::object>(result);

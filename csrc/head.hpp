@@ -1,6 +1,6 @@
 // A likelihood straight from the decoder's last linear layer, whose output is never stored: blocks of rows go
 // through a product, the engine's loops and back through two products while they lie in a core's own cache.
-// The mathematics stands in fastvae/ops/head.py.
+// For the mathematics see fastvae/ops/head.py.
 
 #if defined(FASTVAE_HEAD_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_HEAD_HPP
@@ -437,8 +437,8 @@ inline HeadGradients head_gradients_of(const Output& h, const HeadOutputs& t) {
   return to;
 }
 
-// What is read and written is of compute type, that is double if `wide`, but for x and h. Returns whether x
-// lies where it must.
+// All tensors but x and h are of compute type, double if `wide`. Returns false if x lies outside of the
+// support.
 inline bool head_log_prob(int likelihood, Tensor x, Tensor h, HeadTensors tensors, bool wide, Output out,
                           int threads) {
   const Head a = head_of(likelihood, x, h, tensors, threads);

@@ -1,5 +1,5 @@
 // Mixtures of U diagonal normal distributions: log sum_u exp(s_nu) with s_nu = c_u - 1/2 sum_d w^2, w = (z_nd
-// - mu_ud) / sigma_ud. The differences are taken as they stand: products of z^2, z and the parameters would
+// - mu_ud) / sigma_ud. The differences are computed directly: products of z^2, z and the parameters would
 // lose (mu / sigma)^2 roundings. Lanes are components; rows come in units, whose scores for a block of
 // components are all that is kept of [N, U].
 
@@ -26,7 +26,7 @@ constexpr i64 kParts = 16, kMostParts = 64, kBytesOfParts = i64{1} << 24;
 constexpr i64 kSquares = 128;
 
 // Packed inputs of the kernels, block by block: for each dimension means and inverse scales side by side,
-// then constants. Beyond the last component they are those of one that is never chosen.
+// then constants. Padding components have zero weight.
 template <class C>
 struct Components {
   static constexpr i64 kMost = 1024 / static_cast<i64>(sizeof(C)), kPad = 64 / static_cast<i64>(sizeof(C));
@@ -339,7 +339,7 @@ void mixture_slopes(const NormalMixture& a, const Components<C>& c, const Tensor
     }
   });
   if (!kParameters) return;
-  // The last row of sums are those of r.
+  // The last row contains the sums of r.
   parallel(threads, c.blocks * (dims + 1), parts * c.blocks * sums, [&](i64 begin, i64 end) {
     const Scratch<double> both(2 * c.width), shares_of(c.width);
     const auto add = [&](i64 block, i64 from, i64 n, double* sum) {

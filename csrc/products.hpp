@@ -25,7 +25,7 @@ inline Blas& blas() {
   return functions;
 }
 
-// Looks in torch's library and those that it was linked to.
+// Looks in torch's library and the libraries that it was linked to.
 inline void find_blas(const char* torch_library) {
 #ifdef __linux__
   void* torch = dlopen(torch_library, RTLD_LAZY | RTLD_NOLOAD);

@@ -227,7 +227,7 @@ class FromPython {
 
   int left() const { return static_cast<int>(end_ - at_); }
   int likelihood() { return number_of(text()); }
-  // The function that is called with what follows where the C++ does not serve.
+  // Reads the fallback, which is called with the remaining arguments if the C++ does not support them.
   void read_otherwise() {
     otherwise_ = next();
     given_ = at_;

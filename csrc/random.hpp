@@ -86,8 +86,8 @@ FASTVAE_INLINE Pair<double> turn(double radius, std::uint32_t w) {
   return {radius * __builtin_cos(angle), radius * __builtin_sin(angle)};
 }
 
-// Philox on vectors of 64-bit lanes. A lane's lower half is a word of a counter; what a product leaves in the
-// upper half does no harm, since a multiplication takes lower halves only.
+// Philox on vectors of 64-bit lanes. A lane's lower half is a word of a counter; a product's upper half is
+// harmless, since a multiplication reads lower halves only.
 typedef std::uint64_t U64 __attribute__((vector_size(kVectorBytes)));
 #if FASTVAE_VECTOR_BYTES == 64
 FASTVAE_INLINE U64 multiply_lower(U64 a, U64 b) { return (U64)_mm512_mul_epu32((__m512i)a, (__m512i)b); }

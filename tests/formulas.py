@@ -218,7 +218,7 @@ def _log_mean_exp(log_w: Rounded, dtype: torch.dtype, mean: bool = True) -> tupl
     sum_ = scaled.sum(0)
     log_k = [-_constant(math.log(k), sum_)] if mean else []
     bound = total([Rounded.exact(peak, dtype), sum_.log(), *log_k])
-    # A column without weight has zero weights.
+    # In a column of zero total weight all weights are 0.
     weight = _flushed(e / sum_, dtype).where(sum_.value != 0)
     # Propagated errors of the log weights: in the bound at most the largest of them; in a weight, which stays
     # within [0, 1], its own and those of the others.

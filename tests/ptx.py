@@ -297,7 +297,7 @@ class Threads:
         if kind == "bf16x2" and name == "abs":
             self.put(to, self.value(sources[0], U32) & U32(0x7FFF7FFF), active)
             return
-        if kind == "bf16x2":  # of both halves by themselves
+        if kind == "bf16x2":  # of each half separately
             words = [self.value(s, U32) for s in sources]
             low, high = (
                 ELEMENTWISE[name](*(_wide((w >> U32(shift)).astype(U16)) for w in words)) for shift in (0, 16)
@@ -435,7 +435,7 @@ def emulated(target: str = "sm_90") -> Iterator[list[str]]:
         program, shared = programs[key]
         values = [given[n] for n in self.arg_names if n not in constants]
         numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
-        # After the arguments come addresses of scratch memory, which is absent here.
+        # The arguments are followed by addresses of scratch memory, which is absent here.
         numbers += [0] * (len(program.parameters) - len(numbers))
         parameters = dict(zip(program.parameters, numbers, strict=True))
         memory = Memory([v for v in values if isinstance(v, torch.Tensor)])

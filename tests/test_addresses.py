@@ -53,8 +53,8 @@ def test_stopping_draws_the_same_noise_in_any_batch(posterior, hard):
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
-    """Value and gradient are those of the whole, given the offsets of the first row and the first draw."""
+def test_a_shard_with_offsets_equals_that_part_of_the_whole(backend):
+    """Given the offsets of the first row and draw, value and gradient equal that part of the whole."""
     k, b = 6, 9
     mu, logvar = (randn(b, D, seed=s) for s in (1, 2))
     upstream = randn(k, b, D, seed=3)
@@ -109,7 +109,7 @@ def test_seeds_have_64_bits(given):
         assert ones == zeros == 2**32 - 1
 
 
-def test_every_bit_of_a_seed_counts(backend):
+def test_seeds_that_differ_in_one_bit_draw_different_noise(backend):
     """An int seed equals the tensor of it; seeds that differ in one bit draw different noise."""
     make = lambda seed: fastvae.random.normal(seed, 2, 3, 5, device=DEVICE)  # noqa: E731
     for seed in (0, 12345, -1, 2**63 - 1, -(2**63)):
@@ -120,7 +120,7 @@ def test_every_bit_of_a_seed_counts(backend):
             assert not torch.equal(make(flipped), whole), bit
 
 
-def test_an_objectives_rows_see_different_noise():
+def test_all_rows_and_draws_have_different_noise():
     """No two latents of one call are equal, over rows and draws."""
     seen = []
 
@@ -139,7 +139,7 @@ def test_an_objectives_rows_see_different_noise():
     assert len(z) == 3 * k * b * D and len(z.unique()) >= len(z) - 3
 
 
-def test_a_vae_samples_by_its_generator_alone():
+def test_vae_sample_depends_on_the_generator_alone():
     vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Identity(), likelihood=Gaussian(1.0), latent_dim=D).to(DEVICE)
     torch.manual_seed(1)
     first = vae.sample(5, generator=generator(2))
@@ -152,7 +152,7 @@ def test_a_vae_samples_by_its_generator_alone():
 
 
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae", "log_marginal", "reconstruction_log_prob"])
-def test_an_objectives_rows_begin_where_they_are_told(objective):
+def test_row_offset_gives_that_part_of_the_whole_batch(objective):
     """Part of a batch with its row offset gives that part of the whole batch's result."""
     x, mu, logvar, weight = (randn(*s, seed=5, dtype=torch.float64) for s in ((9, X), (9, D), (9, D), (D, X)))
 

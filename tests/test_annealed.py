@@ -66,7 +66,7 @@ def _exact_draws(model, x, seed=6):
 
 @torch.no_grad()
 @pytest.mark.parametrize("start", STARTS)
-def test_weights_have_the_mean_that_they_must_have(start, monkeypatch):
+def test_weights_are_unbiased_forward_and_backward(start, monkeypatch):
     """E[w] = p(x) forward and E[1/w] = 1/p(x) backward, for an inexact q and 4000 copies of one x.
 
     The bounds enclose the truth, and more temperatures bring them together. The temperatures are unevenly
@@ -95,7 +95,7 @@ def test_weights_have_the_mean_that_they_must_have(start, monkeypatch):
 
 
 @torch.no_grad()
-def test_from_the_exact_posterior_every_weight_is_exact():
+def test_every_weight_is_exact_from_the_exact_posterior():
     model = LinearGaussian(D, X)
     x = model.sample(B)
     a = _chains_of(model, x, model.posterior(x))
@@ -106,7 +106,7 @@ def test_from_the_exact_posterior_every_weight_is_exact():
 
 @torch.no_grad()
 @pytest.mark.parametrize("mixture", [False, True])
-def test_a_step_alone_is_importance_sampling(mixture):
+def test_a_single_step_is_importance_sampling(mixture):
     """A single step with the same draws gives log_marginal's log p(x); a mixture's strata are weighted."""
     model = LinearGaussian(D, X)
     x = model.sample(B)
@@ -121,7 +121,7 @@ def test_a_step_alone_is_importance_sampling(mixture):
 
 
 @torch.no_grad()
-def test_estimates_where_importance_sampling_is_wrong():
+def test_accurate_where_importance_sampling_is_wrong():
     """Estimates are accurate for a q half as wide as the posterior and 3 of its widths off."""
     model = LinearGaussian(D, X)
     x = model.sample(20)
@@ -142,7 +142,7 @@ def test_estimates_where_importance_sampling_is_wrong():
 
 
 @torch.no_grad()
-def test_a_trajectory_leads_back():
+def test_trajectories_are_reversible():
     """A trajectory with reversed momentum returns, so transitions are reversible; it preserves volume."""
     model = LinearGaussian(2, X)
     x = model.sample(1)
@@ -205,7 +205,7 @@ def test_a_transition_leaves_its_distribution_invariant(beta):
     assert abs(float((white[:, 0] * white[:, 1]).mean())) < 5 / math.sqrt(n)
 
 
-def test_gradients_are_those_of_the_densities_and_reach_no_parameter():
+def test_gradients_equal_those_of_the_densities_and_reach_no_parameter():
     encoder, decoder = networks(X, D, dtype=torch.float64)
     prior = DiagonalNormal(nn.Parameter(randn(D, seed=1).double()), nn.Parameter(torch.zeros(D)))
     prior = prior.to(DEVICE)
@@ -231,7 +231,7 @@ def test_gradients_are_those_of_the_densities_and_reach_no_parameter():
 
 @torch.no_grad()
 @pytest.mark.parametrize("start", STARTS)
-def test_neither_chunks_nor_rows_nor_batches_change_a_result(start):
+def test_results_do_not_depend_on_chunks_rows_or_batches(start):
     model = LinearGaussian(D, X)
     x = model.sample(B)
     q = model.posterior(x, 0.5, 0.3)
@@ -295,7 +295,7 @@ def test_any_posterior_with_any_prior(q, p):
 
 
 @torch.no_grad()
-def test_what_comes_with_x():
+def test_masks_size_factors_and_contexts():
     """A mask excludes elements, a size factor scales the mean, and the context reaches the decoder."""
     x, q = torch.poisson(3 * rand(B, X, seed=1)), (randn(B, D, seed=2), randn(B, D, seed=3))
     mask, size, context = rand(B, X, seed=4) > 0.3, 1 + rand(B, seed=5), randn(B, X, seed=6)
@@ -316,7 +316,7 @@ def test_what_comes_with_x():
 
 
 @torch.no_grad()
-def test_latents_with_axes_of_their_own_and_several_parts():
+def test_latents_of_several_axes_and_joint_likelihoods():
     pixels, counts = nn.Linear(4, 6).to(DEVICE), nn.Linear(4, X).to(DEVICE)
 
     def decoder(z):
@@ -355,7 +355,7 @@ def test_a_hierarchy():
 
 
 @torch.no_grad()
-def test_a_bounded_support_is_left_by_no_chain():
+def test_chains_stay_within_a_bounded_support():
     """A trajectory that leaves the support, where torch's distributions raise, is rejected."""
     q = td.Uniform(torch.zeros(B, D).double(), 1.0, validate_args=True)
     prior = td.Independent(td.Uniform(torch.zeros(D).double(), 2.0, validate_args=True), 1)
@@ -371,7 +371,7 @@ def test_a_bounded_support_is_left_by_no_chain():
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:fastvae. memory ran out:RuntimeWarning")
-def test_when_memory_runs_out_fewer_chains_are_evaluated_at_a_time():
+def test_out_of_memory_reduces_the_chains_per_chunk():
     model = LinearGaussian(D, X)
     x = model.sample(B)
     q, asked = model.posterior(x, 0.5, 0.3), []
@@ -390,7 +390,7 @@ def test_when_memory_runs_out_fewer_chains_are_evaluated_at_a_time():
     assert max(asked[-20:]) == 2 * B
 
 
-def test_modules_are_in_eval_mode_and_back():
+def test_modules_run_in_eval_mode_and_are_restored():
     decoder = nn.Sequential(nn.Linear(D, X), nn.Dropout(0.5)).to(DEVICE)
     x, q = torch.ones(B, X, device=DEVICE), torch.zeros(B, 2 * D, device=DEVICE)
     options = {"steps": 5, "likelihood": "bernoulli"}
@@ -418,7 +418,7 @@ def test_modules_are_in_eval_mode_and_back():
 
 
 @torch.no_grad()
-def test_what_is_not_a_number_stays_so():
+def test_nan_propagates():
     decoder = nn.Linear(D, X).to(DEVICE)
     x, q = rand(B, X, seed=1), torch.zeros(B, 2 * D, device=DEVICE)
     x[2] = math.nan
@@ -455,7 +455,7 @@ def test_errors(options, message):
 # Bounds from both sides
 
 
-def test_bounds_of_data_that_the_model_makes():
+def test_bdmc_bounds_of_simulated_data():
     model = LinearGaussian(D, X)
 
     def encoder(x):
@@ -487,7 +487,7 @@ def test_bounds_of_data_that_the_model_makes():
 @pytest.mark.parametrize(
     ("shape", "conditional"), [((D,), False), ((D,), True), ((D, 1, 1), False), ((D, 1, 1), True)]
 )
-def test_bounds_with_a_prior(shape, conditional):
+def test_bdmc_bounds_with_any_prior(shape, conditional):
     """Both bounds are log p(x) for the exact posterior, with shared and conditional priors of any shape."""
     model, n, made = LinearGaussian(D, X), 7, []
     latent_dim = shape if len(shape) > 1 else D
@@ -530,7 +530,7 @@ def test_bounds_with_a_prior(shape, conditional):
             )
 
 
-def test_bounds_need_draws_of_the_model():
+def test_bdmc_requires_sampling_from_the_model():
     class Odd(Distribution):
         def log_prob(self, z):
             return -0.5 * z.square().sum(-1)
@@ -543,7 +543,7 @@ def test_bounds_need_draws_of_the_model():
 
 
 @torch.no_grad()
-def test_what_is_made_comes_with_what_a_batch_comes_with():
+def test_simulated_data_use_the_size_factors_and_context_of_a_batch():
     """Simulated data use the batch's size factors and context; unobserved elements stay as they are."""
     n = 4000
     x = torch.full((n, X), math.nan, device=DEVICE)
@@ -566,7 +566,7 @@ def test_what_is_made_comes_with_what_a_batch_comes_with():
 
 
 @torch.no_grad()
-def test_what_is_made_of_several_parts_and_outputs():
+def test_simulated_data_of_several_parts_and_outputs():
     """Simulate several parts and outputs, each with its size factors, masks, dtype and shape.
 
     z comes from a prior with a row per example.
@@ -633,7 +633,7 @@ def _evaluate(model, q, x, **options):
     return evaluate_parts(q, model.decoder, x, **options)
 
 
-def test_an_audit_finds_that_importance_sampling_is_low():
+def test_audit_detects_that_importance_sampling_is_biased_low():
     model = LinearGaussian(D, X)
     x = model.sample(N)
     exact = model.log_px(x).cpu()
@@ -661,7 +661,7 @@ def test_an_audit_finds_that_importance_sampling_is_low():
     assert "BDMC gap 0.0" in str(result)
 
 
-def test_an_audit_is_the_same_whatever_the_batches(monkeypatch):
+def test_audit_does_not_depend_on_the_batches(monkeypatch):
     module = importlib.import_module("fastvae.estimation.evaluation.audit")
     monkeypatch.setattr(module, "STEPS", 30)
     monkeypatch.setattr(module, "_BLOCK", 3)
@@ -681,7 +681,7 @@ def test_an_audit_is_the_same_whatever_the_batches(monkeypatch):
             torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
 
 
-def test_an_audit_of_a_loader_that_reuses_its_buffer(monkeypatch):
+def test_audit_of_a_loader_that_reuses_its_buffer(monkeypatch):
     """The audit keeps copies of the batches it samples from."""
     monkeypatch.setattr(importlib.import_module("fastvae.estimation.evaluation.audit"), "STEPS", 10)
     model = LinearGaussian(D, X)
@@ -699,7 +699,7 @@ def test_an_audit_of_a_loader_that_reuses_its_buffer(monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 5, 6, 37, 100])
-def test_examples_are_evenly_spaced(n):
+def test_audited_examples_are_evenly_spaced(n):
     count, x = 5, torch.arange(n)[:, None]
     chosen = []
     for size in (1, 3, n):
@@ -716,7 +716,7 @@ def test_examples_are_evenly_spaced(n):
     assert chosen[0][-1] >= n - max(1, 2.1 * n / count)
 
 
-def test_an_audit_of_masks_sizes_and_context(tmp_path):
+def test_audit_with_masks_size_factors_and_context(tmp_path):
     """An audited example keeps its size factor and context, and the common mask; saved and loaded."""
     x = torch.poisson(3 * rand(N, X, seed=1)).int()
     size, context = 1 + rand(N, seed=5), randn(N, X, seed=6)
@@ -744,7 +744,7 @@ def test_an_audit_of_masks_sizes_and_context(tmp_path):
         assert torch.equal(getattr(again.audit, name), getattr(result.audit, name))
 
 
-def test_an_audit_without_draws_of_the_model_says_so(tmp_path):
+def test_audit_reports_that_the_model_cannot_be_sampled(tmp_path):
     class Odd(Distribution):
         def log_prob(self, z):
             return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
@@ -758,7 +758,7 @@ def test_an_audit_without_draws_of_the_model_says_so(tmp_path):
     assert str(fastvae.Evaluation.load(file)) == str(result)
 
 
-def test_what_an_audit_cannot_do_is_said_before_the_work():
+def test_unsupported_audits_fail_before_evaluation():
     model = LinearGaussian(D, X)
     drawn = []
 
@@ -783,7 +783,7 @@ def test_what_an_audit_cannot_do_is_said_before_the_work():
             _evaluate(model, model.posterior, model.sample(N), audit=wrong)
 
 
-def test_a_vae_whose_last_layer_is_left_out():
+def test_a_vae_with_a_fused_last_layer():
     encoder, decoder = nn.Linear(X, 2 * D), nn.Sequential(nn.Linear(D, 9), nn.Tanh(), nn.Linear(9, X))
     vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli").to(DEVICE)
     x = (rand(N, X, seed=1) > 0.5).float()

@@ -54,7 +54,7 @@ def _rows(**options):
     return report.rows_of(work, measure.measure(work, budget=0, host=clock), MACHINE, WHERE)
 
 
-def test_a_row_says_how_long_and_how_near():
+def test_rows_have_times_ratios_and_the_share_of_the_limit():
     ours, peer = _rows()
     assert 900 <= float(ours["p20_us"]) <= float(ours["p50_us"]) <= float(ours["p80_us"]) <= 1200
     assert 2.5 <= float(peer["ratio_p20"]) <= float(peer["ratio"]) <= float(peer["ratio_p80"]) <= 3.4
@@ -100,7 +100,7 @@ def test_a_wrong_op_is_timed_neither_forward_nor_backward():
     assert all("nan" in measure.measure(work, budget=0)[OURS].wrong for work in works(unwritten))
 
 
-def test_sets_of_inputs_come_in_turn():
+def test_sets_of_inputs_are_used_in_turn():
     class Two(measure.Host):
         def sets(self, moved):
             return 2
@@ -133,7 +133,7 @@ def test_sets_of_inputs_come_in_turn():
     assert not any(report.loses(r) for r in rows if r["implementation"] == measure.COPY)
 
 
-def test_a_part_is_scaled_to_the_whole():
+def test_times_of_a_part_are_scaled_to_the_whole():
     clock = Clock()
 
     def run():
@@ -145,11 +145,11 @@ def test_a_part_is_scaled_to_the_whole():
     assert results["loop"].seconds == pytest.approx(0.1) and results[OURS].seconds == pytest.approx(0.01)
 
 
-def test_the_machine_is_what_it_was_at_best():
+def test_limits_of_a_machine_are_the_best_measured():
     assert Machine(1, 6, 2).best(Machine(3, 5, 1)) == Machine(3, 6, 2)
 
 
-def test_rows_that_lose_are_shown():
+def test_report_marks_rows_slower_than_a_peer():
     rows = _rows(peer_seconds=1e-4)
     assert report.loses(rows[1]) and report.misses(rows[1])
     assert "◄ faster than fastvae" in report.table(rows)
@@ -157,7 +157,7 @@ def test_rows_that_lose_are_shown():
     assert "a peer is faster than fastvae: 1" in text and "targets met: 0 of 1" in text
 
 
-def test_slower_than_recorded_is_said_and_noise_is_not(tmp_path):
+def test_regressions_beyond_noise_are_reported(tmp_path):
     rows = _rows()
     report.write_csv(rows, tmp_path / "x.csv")
     recorded = report.read_csv(tmp_path / "x.csv")
@@ -173,7 +173,7 @@ def test_slower_than_recorded_is_said_and_noise_is_not(tmp_path):
     assert line.startswith("group 3×5 step peer: ")
 
 
-def test_every_op_has_its_benchmark():
+def test_every_op_has_a_benchmark():
     """An op has the same name in every layer, the benchmarks included."""
     root = Path(__file__).parent.parent
     files = (p.stem for p in (root / "fastvae/ops").glob("*.py"))
@@ -196,7 +196,7 @@ def test_recorded_results_can_be_read():
         assert not [r for r in rows if r["wrong"] and r["implementation"] == OURS]
 
 
-def test_the_pictures_times_are_of_every_case(monkeypatch):
+def test_the_picture_times_every_case(monkeypatch):
     """Every case is compiled and timed, here by stand-ins."""
     from benchmarks import frontend, picture
 
@@ -214,7 +214,7 @@ def test_the_pictures_times_are_of_every_case(monkeypatch):
     assert all(set(columns) == set(picture.COLORS) for columns in found.values())
 
 
-def test_the_readmes_picture(tmp_path, monkeypatch, capsys):
+def test_the_picture_of_the_readme(tmp_path, monkeypatch, capsys):
     """The picture is drawn from the measurements, and prints them too."""
     pytest.importorskip("matplotlib")
     from benchmarks import picture
@@ -234,7 +234,7 @@ def test_the_readmes_picture(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_estimators_are_measured_by_the_truth(tmp_path, monkeypatch, capsys):
+def test_estimators_are_compared_with_the_truth(tmp_path, monkeypatch, capsys):
     """Every estimator is a row of both tables, and the written numbers are the measured ones."""
     pytest.importorskip("sklearn")
     from docs.experiments import estimators
@@ -257,7 +257,7 @@ def test_estimators_are_measured_by_the_truth(tmp_path, monkeypatch, capsys):
         assert row[4].strip() == "−2.0000 ± 0.0000" and row[6].strip() == "0.0" and row[9].strip() == "90"
 
 
-def test_the_exact_models_truth_is_exact():
+def test_truth_of_the_exact_model():
     """Every weight is p(x) for the exact posterior."""
     from docs.experiments import estimators
 

@@ -26,7 +26,7 @@ from .conftest import DEVICE
         (0.5, 0.0, -math.log(2), 0.0),
     ],
 )
-def test_certain_pixels(backend, x, logit, value, gradient, columns):
+def test_infinite_logits(backend, x, logit, value, gradient, columns):
     """0 * inf is 0: an infinite logit has log p 0 if right and -inf if wrong."""
     # The other pixels of a long row have log p of about -e^-200.
     logits, data = torch.full((1, columns), 200.0, device=DEVICE), torch.ones(1, columns, device=DEVICE)

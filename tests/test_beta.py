@@ -77,7 +77,7 @@ def test_any_concentration(backend, dtype, a):
 
 @pytest.mark.parametrize("columns", [1, 500])
 @pytest.mark.parametrize("end", [0.0, 1.0])
-def test_the_ends(backend, columns, end):
+def test_poles_and_zeros_at_the_ends(backend, columns, end):
     """At an end, a concentration below 1 gives a pole, above 1 a zero; at 1 only the other matters."""
     for a, value in ((0.5, math.inf), (1.0, math.log(3)), (2.0, -math.inf)):
         x = torch.full((1, columns), 0.5, device=DEVICE)
@@ -100,7 +100,7 @@ def test_the_ends(backend, columns, end):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_concentrations_beyond_the_largest_number(backend, dtype):
+def test_overflowing_concentrations_are_clamped(backend, dtype):
     """Log concentrations are clamped to ±80."""
     x = torch.full((1, 1), 0.5, dtype=dtype, device=DEVICE)
     for a, b, value in ((200.0, 200.0, 80.0), (math.inf, math.inf, 80.0), (-math.inf, 0.0, -80.0)):
@@ -111,7 +111,7 @@ def test_concentrations_beyond_the_largest_number(backend, dtype):
         assert not any(bool(f.isnan().any()) for f in found)
 
 
-def test_it_is_torchs_beta():
+def test_equals_torch_beta():
     """Equal to torch's Beta where that is accurate."""
     c1, c0 = torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     theirs = torch.distributions.Beta(c1.exp(), c0.exp())

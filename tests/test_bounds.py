@@ -225,7 +225,7 @@ def test_another_bound_for_the_encoder(backend, name, route, prior):
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
-def test_a_pair_is_what_its_one_bound_is():
+def test_a_pair_of_equal_bounds_equals_the_single_bound():
     for estimator in ("iwae", "stl", "dreg"):
         model = Model()
         one = IWAE(groups=3, alpha=0.4, estimator=estimator)
@@ -238,7 +238,7 @@ def test_a_pair_is_what_its_one_bound_is():
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_a_group_without_weight_still_teaches_the_encoder():
+def test_a_group_of_negligible_weight_trains_the_encoder():
     """PIWAE: a group's share of all samples underflows, but in its group its weights sum to one."""
 
     class Line(Likelihood):
@@ -276,7 +276,7 @@ class Flat(Distribution):
 
 
 @pytest.mark.parametrize("name", [n for n, (kind, _, _) in CASES.items() if kind is not TVO])
-def test_dreg_has_the_expectation_of_the_derivative(name):
+def test_dreg_is_unbiased(name):
     """Both estimators of the encoder's gradient have the same mean over many draws.
 
     For the exact posterior DReG's is zero in every draw.
@@ -318,7 +318,7 @@ def test_the_exact_posterior(name):
             assert grad.abs().max() < 1e-9
 
 
-def test_orderings():
+def test_bounds_are_ordered():
     """On the same draws, bounds are ordered: decreasing in α, and ELBO <= CIWAE, MIWAE <= IWAE.
 
     TVO rises from the ELBO to log p(x) as it is refined.
@@ -346,7 +346,7 @@ def test_orderings():
         assert bool((model.bound(Jackknife(), reduction="none") > iwae).all())
 
 
-def test_a_u_statistic_has_miwaes_mean_and_less_variance():
+def test_a_u_statistic_has_the_mean_of_miwae_and_less_variance():
     batch, k = 3000, 35
     x = torch.full((batch, 1), 0.7, dtype=torch.float64)
     q = torch.full((batch, 1), 0.4, dtype=torch.float64), torch.full((batch, 1), 3.0, dtype=torch.float64)
@@ -389,7 +389,7 @@ def test_wake_phi_follows_the_forward_kl():
     torch.testing.assert_close(found, _posterior_gradient(0.2, 0.1), rtol=0, atol=5 * 2 / math.sqrt(k))
 
 
-def test_the_thermodynamic_gradient_is_that_of_its_integral():
+def test_tvo_gradient_equals_the_derivative_of_its_integral():
     """The covariance estimator at large K equals the derivative of E_πβ[log w] in one dimension.
 
     π_β is normal; the derivative comes from finite differences of quadrature.
@@ -465,7 +465,7 @@ def test_the_fused_reduction(backend, how, reduction, dtype):
 
 
 @pytest.mark.parametrize("name", ["miwae", "vr", "ciwae"])
-def test_by_a_fused_head(backend, name):
+def test_fused_head(backend, name):
     """The fused last layer, in one pass with the gradients, agrees with the separate layer."""
     kind, options, _ = CASES[name]
     torch.manual_seed(0)
@@ -495,7 +495,7 @@ class Own(Likelihood):
 @pytest.mark.parametrize(
     "objective", [IWAE(), IWAE(groups=4), IWAE(alpha=0.3), IWAE(3, 0.6), CIWAE(0.3)], ids=repr
 )
-def test_a_likelihood_of_ones_own(objective):
+def test_a_custom_likelihood(objective):
     """A user's likelihood gives the bounds and gradients of the same built-in one."""
     results = []
     for likelihood in (Own(), Gaussian(0.8)):
@@ -509,7 +509,7 @@ def test_a_likelihood_of_ones_own(objective):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-def test_a_likelihood_of_ones_own_keeps_the_dtype():
+def test_a_custom_likelihood_keeps_the_dtype():
     """A float64 β for each example does not widen a float32 bound, fused or not."""
     model = Model(torch.float32, prior=False)
     beta = torch.linspace(0.5, 2, B, dtype=torch.float64, device=DEVICE)
@@ -524,7 +524,7 @@ def test_a_likelihood_of_ones_own_keeps_the_dtype():
     torch.testing.assert_close(*bounds_of)
 
 
-def test_edges(backend):
+def test_samples_and_rows_of_zero_weight(backend):
     """Samples and rows of zero weight behave as in IWAE; for a mean they give -inf."""
     x, logits = torch.ones(3, 1, device=DEVICE), torch.zeros(4 * 3, 1, device=DEVICE)
     ratio = torch.zeros(4, 3, device=DEVICE)
@@ -543,7 +543,7 @@ def test_edges(backend):
 @pytest.mark.parametrize("wide", ["x", "q", "x and q", "all"])
 @pytest.mark.parametrize("prior", ["diagonal", "torch"])
 @pytest.mark.parametrize("second", [IWAE(alpha=1.0), IWAE(groups=4), IWAE(estimator="dreg")], ids=repr)
-def test_samples_without_weight_teach_q_in_mixed_precision(wide, prior, second):
+def test_samples_of_negligible_weight_train_q_in_mixed_precision(wide, prior, second):
     """Weights that float64 has, and that underflow in a decoder, prior or z in float32."""
     gradients = []
     for exact in (False, True):
@@ -577,7 +577,7 @@ def _in_autocast(h, weight):
 
 @pytest.mark.parametrize("k_chunk", [None, 3])
 @pytest.mark.parametrize("where", ["inside the decoder", "autocast inside the decoder", "q of torch"])
-def test_samples_without_weight_teach_q_through_float16(where, k_chunk):
+def test_samples_of_negligible_weight_train_q_through_float16(where, k_chunk):
     """Gradients by z in float16, whose range a least share of 2⁻¹⁰⁰ would leave, wherever the cast hides."""
     gradients = []
     for narrow in (True, False):
@@ -682,7 +682,7 @@ def test_compiled(objective):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_vae_takes_a_bound():
+def test_a_vae_accepts_a_bound():
     """A VAE takes a bound as a method and as the objective of a call, with terms."""
     torch.manual_seed(0)
     vae = fastvae.VAE(torch.nn.Linear(X, 2 * D), torch.nn.Linear(D, X), likelihood="bernoulli").to(DEVICE)
@@ -696,7 +696,7 @@ def test_a_vae_takes_a_bound():
     torch.testing.assert_close(terms.kl, plain.kl)
 
 
-def test_a_bound_of_ones_own():
+def test_a_custom_bound():
     class Second(bounds.Bound):
         def value(self, log_w):
             return log_w.topk(2, 0).values[1]

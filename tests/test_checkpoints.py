@@ -27,7 +27,7 @@ def _run(file, encoder, decoder, x, **options):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_another_prior_is_another_model(tmp_path, learned):
+def test_a_changed_prior_is_detected(tmp_path, learned):
     """A prior that differs by less than the results show is detected, also one computed by a network."""
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=2)
@@ -43,7 +43,7 @@ def test_another_prior_is_another_model(tmp_path, learned):
     assert len(_run(tmp_path / "run.npz", encoder, decoder, x, prior=prior()).log_px) == N
 
 
-def test_another_likelihood_is_another_model(tmp_path):
+def test_a_changed_likelihood_is_detected(tmp_path):
     encoder, decoder = models.networks(X, D, "bernoulli")
     x = randn(N, X, seed=3)
     _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=Gaussian(0.5))
@@ -51,7 +51,7 @@ def test_another_likelihood_is_another_model(tmp_path):
         _run(tmp_path / "run.npz", encoder, decoder, x, likelihood=Gaussian(0.5 + 1e-9))
 
 
-def test_encoder_and_decoder_are_not_exchanged(tmp_path):
+def test_exchanged_encoder_and_decoder_are_detected(tmp_path):
     """Swapped parameters of encoder and decoder are detected."""
 
     class Net(nn.Module):
@@ -70,7 +70,7 @@ def test_encoder_and_decoder_are_not_exchanged(tmp_path):
         _run(tmp_path / "run.npz", other, one, x)
 
 
-def test_the_same_bytes_in_another_dtype_are_other_data(tmp_path):
+def test_data_of_another_dtype_are_detected(tmp_path):
     """Data of another dtype are detected even if the first batch is zeros."""
     encoder, decoder = models.networks(X, D)
     wide = lambda x: encoder(x.float())  # noqa: E731
@@ -81,7 +81,7 @@ def test_the_same_bytes_in_another_dtype_are_other_data(tmp_path):
         _run(tmp_path / "run.npz", wide, decoder, x.view(torch.bfloat16))
 
 
-def test_the_same_numbers_in_another_shape_are_other_data(tmp_path):
+def test_data_of_another_shape_are_detected(tmp_path):
     encoder, decoder = models.networks(X, D)
     flat = lambda x: encoder(x.flatten(1))  # noqa: E731
     reshaped = lambda z: tuple(v.view(-1, 1, X) for v in decoder(z))  # noqa: E731
@@ -91,7 +91,7 @@ def test_the_same_numbers_in_another_shape_are_other_data(tmp_path):
         _run(tmp_path / "run.npz", flat, reshaped, x[:, None])
 
 
-def test_parameters_of_another_dtype_are_other_weights(tmp_path):
+def test_parameters_of_another_dtype_are_detected(tmp_path):
     """Parameters of another dtype are detected even if their bytes, zeros, are equal."""
     x = randn(N, X, seed=7)
 
@@ -144,7 +144,7 @@ def test_another_format_is_refused(tmp_path, made):
         _run(other, encoder, decoder, x)
 
 
-def test_other_estimates_are_refused(tmp_path):
+def test_a_checkpoint_of_other_estimates_is_refused(tmp_path):
     """A checkpoint names its estimates: another version may have more or fewer."""
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=8)
@@ -155,7 +155,7 @@ def test_other_estimates_are_refused(tmp_path):
         _run(other, encoder, decoder, x)
 
 
-def test_a_setting_that_this_version_does_not_know_is_refused(tmp_path):
+def test_an_unknown_setting_is_refused(tmp_path):
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=9)
     file = tmp_path / "run.npz"
@@ -165,7 +165,7 @@ def test_a_setting_that_this_version_does_not_know_is_refused(tmp_path):
         _run(other, encoder, decoder, x)
 
 
-def test_a_run_with_a_nan_goes_on(tmp_path):
+def test_a_run_with_nan_can_be_resumed(tmp_path):
     """A resumed run compares the first batch, in which NaN equals NaN."""
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=10)
@@ -178,7 +178,7 @@ def test_a_run_with_a_nan_goes_on(tmp_path):
     torch.testing.assert_close(again.log_px, first.log_px, rtol=0, atol=0, equal_nan=True)
 
 
-def test_an_interrupted_run_keeps_what_was_done(tmp_path):
+def test_a_resumed_run_repeats_no_batch(tmp_path):
     """A resumed run repeats no batch and gives the numbers of an unbroken run."""
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=11)

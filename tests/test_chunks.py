@@ -39,7 +39,7 @@ def _parts(dtype=torch.float32):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("k_chunk", [1, 4, K - 1])
-def test_chunks_have_the_gradient_of_the_whole(backend, estimator, k_chunk):
+def test_gradients_in_chunks_equal_the_whole(backend, estimator, k_chunk):
     """Gradients agree for encoder, decoder, learned scale and learned prior; 4 and 10 do not divide 11."""
     dtype, tolerance = (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-12)
     bound, learned, _ = _parts(dtype)
@@ -53,7 +53,7 @@ def test_chunks_have_the_gradient_of_the_whole(backend, estimator, k_chunk):
 
 
 @pytest.mark.parametrize("k_chunk", [K, K + 1, 1000])
-def test_one_chunk_is_the_whole(k_chunk):
+def test_a_single_chunk_equals_no_chunks(k_chunk):
     bound, _, _ = _parts()
     assert torch.equal(bound(k_chunk=k_chunk), bound())
 
@@ -102,7 +102,7 @@ class MovingScale(nn.Module):
 
     def forward(self, h):
         self.scale = 0.5 * self.scale + 0.5 * h.detach().abs().mean(0)
-        self.twin.scale.data.mul_(0.9)  # no version of autograd's notices
+        self.twin.scale.data.mul_(0.9)  # not detected by autograd's version counters
         return h * self.scale * self.twin.scale.clone()
 
 
@@ -121,8 +121,8 @@ STATEFUL = {
 @pytest.mark.parametrize("kind", STATEFUL)
 @pytest.mark.parametrize("call", ["module", "method"])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_buffers_are_those_of_the_first_pass(kind, call, monkeypatch):
-    """The second pass finds the buffers that the first found, and leaves those that the first left."""
+def test_both_passes_see_the_same_buffers(kind, call, monkeypatch):
+    """The second pass finds the buffers that the first found, and leaves them as the first left them."""
     x = rand(B, X, seed=6)
 
     def run():
@@ -131,7 +131,7 @@ def test_buffers_are_those_of_the_first_pass(kind, call, monkeypatch):
         decoder = nn.Sequential(body, nn.Linear(9, X)).to(DEVICE)
         encoder, _ = models.networks(X, D)
         results = []
-        for _ in range(3):  # TorchScript optimises what was called twice
+        for _ in range(3):  # TorchScript optimises functions that were called twice
             bound = fastvae.iwae(
                 x, encoder(x), decoder if call == "module" else decoder.forward, k=K, k_chunk=4,
                 likelihood="bernoulli", generator=generator(8),
@@ -171,7 +171,7 @@ def test_a_decoder_that_cannot_be_repeated_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_activations_are_dropped(estimator):
+def test_activations_are_freed_after_each_chunk(estimator):
     """No more rows of the decoder's activations than a chunk's are alive at any time."""
     alive, most = [0], [0]
 
@@ -228,7 +228,7 @@ def test_compiled(estimator):
 
 
 @pytest.mark.parametrize("backends", [("reference", "native"), ("native", "reference")])
-def test_the_backend_is_that_of_the_first_pass(backends):
+def test_the_second_pass_uses_the_backend_of_the_first(backends):
     results = []
     bound, learned, _ = _parts()
     for forward, backward in (backends, backends[:1] * 2):
@@ -258,7 +258,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl"])
-def test_a_posterior_of_ones_own_knows_nothing_of_chunks(estimator):
+def test_a_custom_posterior_works_in_chunks(estimator):
     class Own(DiagonalNormal):
         pass
 

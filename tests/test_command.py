@@ -83,20 +83,20 @@ class _NoWork:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write to")
-def test_a_folder_that_cannot_be_written_is_seen_before_the_work(folder, monkeypatch):
+def test_an_unwritable_folder_fails_before_evaluation(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(fastvae.VAE, "evaluate", _NoWork())
     monkeypatch.setattr(demo, "train", _NoWork())
     for option, name in (("--out", "out.npz"), ("--plot", "plot.png"), ("--checkpoint", "run.npz")):
         with pytest.raises(
-            SystemExit, match=f"{option} /proc/{name}: no file can be made in the folder /proc"
+            SystemExit, match=f"{option} /proc/{name}: no file can be created in the folder /proc"
         ):
             main(["evaluate", "model.pt", "x.npy", option, f"/proc/{name}"])
-    with pytest.raises(SystemExit, match="no file can be made in the folder /proc"):
+    with pytest.raises(SystemExit, match="no file can be created in the folder /proc"):
         main(["demo", "--out", "/proc"])
 
 
-def test_results_are_not_lost_when_their_folder_is_full_in_the_end(folder, monkeypatch, capsys):
+def test_results_survive_a_full_disk(folder, monkeypatch, capsys):
     """Results are saved elsewhere and printed as far as possible."""
     monkeypatch.chdir(folder)
     save = fastvae.Evaluation.save
@@ -153,7 +153,7 @@ def test_terminals_of_every_encoding(folder, monkeypatch, encoding, sign):
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def test_a_process_whose_reader_has_left(folder):
+def test_a_closed_pipe(folder):
     """Under ``| head``, also with the progress bar in the pipe, results are saved without a traceback."""
     command = [sys.executable, "-m", "fastvae", "evaluate", "model.pt", "x.npy", "--k", "30", "--out"]
     read, write = os.pipe()
@@ -186,7 +186,7 @@ def test_standard_output_on_a_full_disk(folder):
     assert len(fastvae.Evaluation.load(folder / "full.npz").log_px) == 23
 
 
-def test_alone_whatever_the_environment_says(folder, monkeypatch, capsys):
+def test_a_single_process_ignores_rank_variables(folder, monkeypatch, capsys):
     """A single process ignores a cluster job's rank variables in the environment."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -214,7 +214,7 @@ def test_digits_and_a_tolerance(folder, capsys):
     assert "to 400 draws" in shown or "100 draws each" in shown
 
 
-def test_every_option_arrives(folder, monkeypatch):
+def test_every_option_is_passed_on(folder, monkeypatch):
     given = {}
     evaluate = fastvae.VAE.evaluate
 
@@ -253,7 +253,7 @@ def test_a_damaged_archive_is_refused(folder, name):
         main(["evaluate", model, x, "--k", "30", "--trust"])
 
 
-def test_a_whole_vae_is_loaded_on_trust(folder, capsys):
+def test_a_pickled_vae_needs_trust(folder, capsys):
     data = str(folder / "idx")
     with pytest.raises(SystemExit, match="add --trust"):
         main(["evaluate", str(folder / "whole.pt"), data])
@@ -264,7 +264,7 @@ def test_a_whole_vae_is_loaded_on_trust(folder, capsys):
 
 
 @pytest.mark.parametrize("rows", [slice(3, 4), slice(None)])
-def test_a_picture_of_what_is_not_finite(folder, monkeypatch, rows):
+def test_a_picture_of_nan_results(folder, monkeypatch, rows):
     monkeypatch.chdir(folder)
     x = np.load("x.npy")
     x[rows] = np.nan
@@ -274,7 +274,7 @@ def test_a_picture_of_what_is_not_finite(folder, monkeypatch, rows):
     assert Path("nan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_goes_on_from_its_checkpoint(folder, capsys):
+def test_resumes_from_a_checkpoint(folder, capsys):
     arguments = ["evaluate", str(folder / "model.pt"), str(folder / "x.npy"), "--k", "30"]
     arguments += ["--checkpoint", str(folder / "run.npz"), "--batch-size", "10"]
     outputs = []

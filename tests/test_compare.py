@@ -72,7 +72,7 @@ def test_nan_must_stay_nan():
     assert_accurate("kept", exact, exact, Rounded.exact(exact, F32))
 
 
-def test_infinity_is_right_next_to_the_largest_number_alone():
+def test_infinity_is_accepted_only_near_the_largest_number():
     largest = torch.finfo(torch.float16).max
     values = torch.tensor([largest + 10, largest / 2], dtype=torch.float64)
     expected = Rounded.exact(values, F32)
@@ -86,7 +86,7 @@ def test_infinity_is_right_next_to_the_largest_number_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_bounds_hold_for_arithmetic(dtype):
+def test_error_bounds_are_valid_for_arithmetic(dtype):
     """Every operation of Rounded bounds that of the dtype, for cancelling, small and large inputs."""
     wide = torch.float64
     a, b = (torch.randn(2000, dtype=wide) * 10 ** (4 * torch.randn(2000, dtype=wide) / 3) for _ in range(2))
@@ -113,7 +113,7 @@ def _rows(x):
     return Rounded(x.value.view(20, 100), x.error.view(20, 100), x.u)
 
 
-def test_beyond_the_type_infinity_is_right_whatever_the_bound():
+def test_infinity_is_required_beyond_the_range_of_the_dtype():
     nan = torch.tensor([math.nan, math.nan], dtype=torch.float64)
     expected = Rounded(torch.tensor([3.3e39, -3.3e39], dtype=torch.float64), nan, 2.0**-24)
     assert_accurate("right", torch.tensor([math.inf, -math.inf]), None, expected)
@@ -123,7 +123,7 @@ def test_beyond_the_type_infinity_is_right_whatever_the_bound():
 
 
 @pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
-def test_no_bound_is_nan_where_the_value_is_finite(likelihood):
+def test_error_bounds_of_finite_values_are_not_nan(likelihood):
     """No NaN bounds, even where float32 exponentials overflow: these would refuse a correct kernel."""
     declared = DECLARED[likelihood]
     for seed in range(60):

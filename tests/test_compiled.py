@@ -104,7 +104,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("entry", BROKEN)
-def test_every_entry_runs_over_a_graph_break(entry):
+def test_every_entry_works_across_a_graph_break(entry):
     vae, x = _vae("disable"), _x()
     _compare(lambda: ENTRIES[entry](vae, x), leaves=list(vae.parameters()))
 
@@ -120,7 +120,7 @@ WHOLE = ["dreg", "sleep", "log_weights", "reconstruction_log_prob", "reconstruct
 
 
 @pytest.mark.parametrize("entry", WHOLE)
-def test_every_entry_is_one_graph(entry):
+def test_every_entry_compiles_to_one_graph(entry):
     vae, x = _vae(), _x()
     _compare(lambda: ENTRIES[entry](vae, x), fullgraph=True, leaves=list(vae.parameters()))
 
@@ -150,7 +150,7 @@ POSTERIORS = {
 
 
 @pytest.mark.parametrize("name", [n for n in POSTERIORS if n not in ("tensor", "LowRankNormal", "StudentT")])
-def test_every_posterior_crosses_a_graph_break(name):
+def test_every_posterior_works_across_a_graph_break(name):
     """Graph breaks in the encoder, between networks and objective, and in the decoder all work."""
     encoder, decoder, x = nn.Linear(X, 2 * D), Decoder("disable"), _x()
 
@@ -176,7 +176,7 @@ DRAWN_BY_TORCH = {
 
 
 @pytest.mark.parametrize("name", DRAWN_BY_TORCH)
-def test_draws_of_torch_are_one_graph(name):
+def test_torch_samplers_compile_to_one_graph(name):
     encoder, decoder, x = nn.Linear(X, D), Decoder(), _x()
     prior = DRAWN_BY_TORCH[name](torch.zeros(D))
 
@@ -223,7 +223,7 @@ def test_a_posterior_is_a_plain_object(name):
     with pytest.raises(TypeError, match="floating-point"):
         q.to(torch.int64)
     owner = nn.Linear(1, 1)
-    owner.last = q  # such as an encoder that remembers what it returned
+    owner.last = q  # such as an encoder that stores its last output
     assert len(list(owner.modules())) == 1 and len(owner.state_dict()) == 2
 
 
@@ -290,7 +290,7 @@ def test_the_prior_of_a_vae_may_be_replaced_by_any_other():
         assert vae.prior is prior and vae.iwae(_x(), k=K).isfinite()
 
 
-def test_a_parameter_that_no_optimiser_would_find_is_refused():
+def test_an_unregistered_parameter_is_refused():
     class Plain(Distribution):
         def __init__(self):
             self.scale = nn.Parameter(torch.ones(D))

@@ -151,7 +151,7 @@ def test_mixture(backend, case):
         assert_near(one.reshape(other.shape), other, dtype, size, name)
 
 
-def test_coupled_colours(backend):
+def test_coupled_colours_are_accurate(backend):
     """Coupled colours' value and gradients are accurate to float64, also at the ends of the grid."""
     k, b, m, p = 2, 3, 4, 9
     x = (rand(b, 3, p, seed=1, dtype=torch.float64) * 8).floor().clamp(max=7) * (2 / 7) - 1
@@ -180,7 +180,7 @@ def test_probabilities_of_all_levels_sum_to_one(backend, levels, log_scale):
     assert float(log_p.double().exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_far_scales_and_locations(backend):
+def test_extreme_scales_and_locations(backend):
     """Values and gradients are finite for extreme scales and locations."""
     location = torch.tensor([0.0, 1e4, -1e4, 3.0], device=DEVICE)
     log_scale = torch.tensor([-90.0, -20.0, 0.0, 20.0, 90.0], device=DEVICE)
@@ -272,7 +272,7 @@ def test_masks(model, backend):
     nothing = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Conditioning(~everything))
     assert bool((nothing == 0).all())
     if model == "multinomial":
-        # As if only the observed classes existed.
+        # Equals the op with the observed classes only.
         mask = everything.clone()
         mask[:, :, 1] = False
         got = known.log_likelihood(x, decoder(z), K, fastvae.core.nested.Conditioning(mask))
@@ -305,7 +305,7 @@ def test_masks(model, backend):
             torch.testing.assert_close(two, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_multinomial_is_that_of_torch():
+def test_multinomial_equals_torch():
     logits = randn(K, B, 7, seed=1)
     x = torch.randint(5, (B, 7), device=DEVICE)
     got = Multinomial().log_likelihood(x, logits.reshape(K * B, 7), K)
@@ -325,7 +325,7 @@ def test_draws_and_means_of_half_precision_logits(dtype):
     torch.testing.assert_close(mean.float(), logits.float().softmax(1), rtol=1e-2, atol=1e-3)
 
 
-def test_draws_are_of_their_distributions():
+def test_draws_follow_their_distributions():
     n = 20_000
     logits = randn(1, C, 6, seed=1)
     classes = Categorical().sample(logits.expand(n, -1, -1), generator=generator(2))
@@ -441,7 +441,7 @@ def test_wrong_use(case, monkeypatch):
         assert word in str(raised.value)
 
 
-def test_chunks_are_of_what_the_decoder_returns():
+def test_chunk_sizes_count_the_decoder_output():
     """Chunk sizes count the decoder's output, 64 times x for 64 classes."""
     x = torch.zeros(B, 500, dtype=torch.int64, device=DEVICE)
     rows = []
@@ -459,7 +459,7 @@ def test_chunks_are_of_what_the_decoder_returns():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("model", _models())
-def test_objectives_of_other_dtypes(model, dtype, backend):
+def test_a_wider_decoder_output_gives_the_same_numbers(model, dtype, backend):
     """A decoder output in a wider dtype gives the same numbers."""
     x, decoder, likelihood = _models()[model]
     decoder = decoder.to(dtype)
@@ -480,7 +480,7 @@ def test_objectives_of_other_dtypes(model, dtype, backend):
         torch.testing.assert_close(got.double(), call(wide).double(), rtol=1e-5, atol=1e-3)
 
 
-def test_a_class_that_is_nan(backend):
+def test_nan_stays_in_its_row(backend):
     """NaN in gives NaN out, in its row alone."""
     x = torch.tensor([[0.0, math.nan, 2.0], [1.0, 2.0, 0.0]], device=DEVICE)
     logits = randn(K, 2, 4, 3, seed=1)

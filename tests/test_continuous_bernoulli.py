@@ -61,7 +61,7 @@ def test_infinite_logits(backend, columns):
         assert float(slope[0, -1]) == x - (logit > 0)
 
 
-def test_it_is_a_density(backend):
+def test_the_density_integrates_to_1(backend):
     """The integral over x is 1, by Gauss-Legendre quadrature on 64 intervals."""
     logits = torch.tensor([-50.0, -3.0, 0.0, 1e-3, 0.7, 12.0], dtype=torch.float64, device=DEVICE)
     nodes = torch.tensor([-math.sqrt(0.6), 0.0, math.sqrt(0.6)], dtype=torch.float64, device=DEVICE)

@@ -211,7 +211,7 @@ def test_wrong_kind_of_a_log_prob():
                 call(x, q, decoder, likelihood=Own(end))
 
 
-def test_a_decoder_of_other_rows_under_a_likelihood_of_ones_own():
+def test_wrong_rows_of_a_decoder_with_a_custom_likelihood():
     """A decoder output with one row per sample, which would broadcast over the batch, is reported."""
 
     class Broadcasting(Likelihood):
@@ -287,7 +287,7 @@ def test_wrong_shape_of_draws(kl):
         )
 
 
-def test_draws_without_their_density():
+def test_draws_without_a_density_are_refused():
     x, q, decoder = _arguments(X)
 
     class Alone(Around):
@@ -300,7 +300,7 @@ def test_draws_without_their_density():
         fastvae.iwae(x, Alone(*q), decoder, k=K, likelihood=Gaussian(1.0))
 
 
-def test_right_shapes_pass():
+def test_right_shapes_are_accepted():
     """Correct users' classes give the results of fastvae's own."""
     x, q, decoder = _arguments(X)
     own = Own(lambda v: v.sum(-1))

@@ -81,7 +81,7 @@ class Refusing(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", [n for n in BOUNDS if "gaussian" in n or "monte" in n])
-def test_no_step_waits_for_numbers(backend, name):
+def test_training_steps_do_not_synchronise(backend, name):
     """Neither forward nor backward synchronises on any device, except to check Bernoulli targets on a CPU."""
     model, x, _ = _step_of(BOUNDS[name])
     with Refusing():
@@ -107,7 +107,7 @@ print("fine")
 """
 
 
-def test_tensors_stay_on_the_card():
+def test_tensors_stay_on_the_gpu():
     """On fake CUDA tensors, without a GPU: no number is read, no tensor is created on another device."""
     run = subprocess.run([sys.executable, "-c", FAKE], capture_output=True, text=True)
     assert run.stdout.strip() == "fine", run.stderr[-3000:]
@@ -207,7 +207,7 @@ def test_capture_draws_the_same_noise():
 
 @on_a_card
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_tensors_of_another_card():
+def test_tensors_on_another_gpu():
     """Tensors on the second GPU are computed there while the first is current, eagerly and compiled."""
     device = torch.device("cuda", 1)
     model, x, step = _step_of(BOUNDS["iwae"], device)
@@ -238,7 +238,7 @@ distance = float((histogram.cumsum(0)[:-1] / count - torch.special.ndtr(edges)).
 # Kolmogorov and Smirnov's: beyond it once in 10^9.
 assert distance < 3.3 / math.sqrt(count), distance
 
-# What z is made of, what the gradient takes it for, and what normal() says are the same noise.
+# The noise of z, of its gradient and of normal() is the same.
 b, d, k = 33, 50, 7
 mu, logvar = torch.randn(b, 2 * d, device=device).chunk(2, dim=1)
 mu, logvar, seed = mu.requires_grad_(), logvar.requires_grad_(), torch.tensor(11, device=device)
@@ -257,7 +257,7 @@ print("fine", worst, distance * math.sqrt(count))
 
 
 @on_a_card
-def test_fast_noise():
+def test_fast_noise_is_accurate():
     """10^8 normals with users' settings are within 1e-5 of their words' values; the ops use the same."""
     environment = {**os.environ, "FASTVAE_NOISE": "fast"}
     run = subprocess.run([sys.executable, "-c", FAST_NOISE], env=environment, capture_output=True, text=True)

@@ -82,7 +82,7 @@ def assert_same(got, expected, rtol=2e-5, atol=2e-5):
 
 
 @pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
-def test_what_is_masked_does_not_count(likelihood, backend):
+def test_masked_elements_have_no_effect(likelihood, backend):
     """Masked elements have no effect, whatever their values, and the gradients are finite."""
     x = cases.data(likelihood, B, *EVENT, seed=2)
     decoder = Outputs(likelihood, EVENT)
@@ -136,7 +136,7 @@ def test_masks_of_each_example(own):
 
 
 @pytest.mark.parametrize("likelihood", [n for n in cases.LIKELIHOODS if DECLARED[n].takes_size])
-def test_sizes_are_factors_of_the_mean(likelihood, backend):
+def test_size_factors_scale_the_mean(likelihood, backend):
     x = cases.data(likelihood, B, X, seed=2).round()
     decoder, size = Outputs(likelihood, (X,)), torch.tensor([0.5, 1.0, 3.0, 10.0, 2.0], device=DEVICE)
 
@@ -168,7 +168,7 @@ def _conditional():
 
 
 @pytest.mark.parametrize("kind", ["tensor", "dict"])
-def test_a_context_goes_with_its_example(kind):
+def test_contexts_stay_with_their_examples(kind):
     labels, table, decoder = _conditional()
     x, q = rand(B, X, seed=2).round(), a_q()
     rows = lambda z: labels.repeat(len(z) // B)  # noqa: E731
@@ -232,7 +232,7 @@ def test_a_conditional_vae():
     torch.testing.assert_close(result.log_px, again.log_px)
 
 
-def test_examples_that_are_done_leave_with_their_labels():
+def test_finished_examples_are_dropped_with_their_labels():
     scale, weight = torch.tensor([0.0, 0.3, 1.0], device=DEVICE), randn(D, X, seed=7)
     x, labels = rand(2 * B, X, seed=2).round(), torch.arange(2 * B, device=DEVICE) % 3
 
@@ -256,7 +256,7 @@ def test_examples_that_are_done_leave_with_their_labels():
 
 
 @pytest.mark.parametrize("objective", ["elbo", "iwae", "chunks"])
-def test_examples_without_weight_may_hold_anything(objective):
+def test_examples_of_zero_weight_may_have_any_value(objective):
     """Examples of weight 0 are replaced before the encoder, and their bounds excluded."""
     x, decoder, weights = rand(B, X, seed=2).round(), Outputs("bernoulli", (X,)), rand(B, seed=4)
     encoder = nn.Linear(X, 2 * D).to(DEVICE)
@@ -307,7 +307,7 @@ def test_a_joint_likelihood_is_the_sum_of_its_parts(backend):
     assert set(joint.sample(parameters)) == {"pixels", "genes"}
 
 
-def test_masks_and_sizes_of_parts():
+def test_masks_and_size_factors_of_parts():
     joint, x, decoder = _parts()
     size = rand(B, seed=9) + 0.5
     without = every(
@@ -368,7 +368,7 @@ def test_data_sets_of_several_parts(tmp_path):
 # Users' likelihoods
 
 
-def test_one_from_torch_distributions():
+def test_likelihoods_from_torch_distributions():
     """A family from torch.distributions, by arguments, names or one tensor, equals fastvae's likelihood."""
     x, decoder = cases.data("laplace", B, X, seed=2), Outputs("laplace", (X,))
     expected = every(x, a_q(), decoder, likelihood="laplace")
@@ -396,7 +396,7 @@ def test_one_from_torch_distributions():
     assert torch.equal(*drawn)
 
 
-def test_classes_in_plain_pytorch():
+def test_outputs_may_have_an_axis_of_classes():
     """Outputs may have an axis that the data lack: logits [N, *event, C], integer x."""
     classes = 4
     weight = randn(D, X * classes, seed=3)
@@ -411,7 +411,7 @@ def test_classes_in_plain_pytorch():
     assert fastvae.iwae(x, a_q(), decoder, k=K, likelihood=own).isfinite()
 
 
-def test_a_likelihood_with_parameters_of_its_own():
+def test_a_custom_likelihood_with_learned_parameters():
     class Learned(Likelihood):
         def __init__(self):
             super().__init__()
@@ -435,7 +435,7 @@ def test_a_likelihood_with_parameters_of_its_own():
 
 
 @pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
-def test_draws_have_the_likelihoods_scores(likelihood):
+def test_scores_of_draws_have_mean_0(likelihood):
     """For draws from p(x|z), the scores by each output have mean 0, as has x minus its mean."""
     n = 40_000
     kind = DECLARED[likelihood]()
@@ -455,7 +455,7 @@ def test_draws_have_the_likelihoods_scores(likelihood):
     assert torch.equal(*drawn)
 
 
-def test_draws_of_held_parameters():
+def test_draws_with_fixed_parameters():
     location = randn(3000, X, seed=1)
     drawn = fastvae.likelihoods.Laplace(scale=0.01).sample(location) - location
     assert bool((drawn.abs().mean() - 0.01).abs() < 6e-4)

@@ -80,7 +80,7 @@ RUNS = {
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_decoder_is_called_as_it_is(fused, name, run):
+def test_fusion_changes_neither_results_nor_side_effects(fused, name, run):
     value, grads, events, error = outcome(name, True, RUNS[run])
     assert bool(fused) == (name in LEFT_OUT)
     expected, expected_grads, expected_events, expected_error = outcome(name, False, RUNS[run])
@@ -100,7 +100,7 @@ def test_a_decoder_is_called_as_it_is(fused, name, run):
 
 
 @pytest.mark.parametrize("name", ["sequential", "forward hook on the container", "Linear.forward patched"])
-def test_a_compiled_decoder_is_called_as_it_is(fused, name):
+def test_fusion_changes_neither_results_nor_side_effects_when_compiled(fused, name):
     results = []
     for fuse in (True, False):
         torch._dynamo.reset()
@@ -115,7 +115,7 @@ def test_a_compiled_decoder_is_called_as_it_is(fused, name):
     torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-4)
 
 
-def test_another_call_of_the_decoder_meanwhile():
+def test_nested_and_concurrent_calls_of_the_decoder():
     """Calls from the decoder's body or from another thread return a plain tensor."""
     found = []
 

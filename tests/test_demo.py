@@ -71,7 +71,7 @@ def test_digits(tmp_path, capsys):
     assert f"{-result.nll:.2f} ±" in text
 
 
-def test_a_seed_repeats_itself():
+def test_a_seed_reproduces_a_run():
     images = digits()
     architecture = {"pixels": 64, "hidden": 8, "latent": 3}
     with training.threads(1):
@@ -125,7 +125,7 @@ def test_read_idx_refuses(tmp_path, name, content, message):
         read_idx(tmp_path / name)
 
 
-def test_read_idx_expands_no_more_than_the_header_says(tmp_path):
+def test_read_idx_decompresses_no_more_than_the_header_declares(tmp_path):
     """Reading stops at the header's size: a gzip file of 250 KiB can hold 256 MiB of zeros."""
     with gzip.open(tmp_path / "a.gz", "wb") as file:
         file.write(struct.pack(">4I", 0x803, 5, 6, 6))
@@ -182,7 +182,7 @@ def test_interrupt(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_table_says_which_is_better():
+def test_table_names_the_better_model():
     def run(name, log_px):
         values = torch.tensor(log_px)
         return training.Run(name, None, {}, [], [], values - 1, values, torch.full_like(values, 5.0))
@@ -246,7 +246,7 @@ def test_bare_command_prints_help(capsys):
     assert "usage: python -m fastvae" in text and "demo" in text and "info" in text
 
 
-def test_import_is_light():
+def test_import_loads_no_heavy_package():
     heavy = {"matplotlib", "sklearn", "triton", "fastvae.__main__", "fastvae.cli"}
     code = f"import sys, fastvae; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -306,7 +306,7 @@ def test_any_posterior_and_prior(posterior, prior, tmp_path, capsys):
     assert main(["evaluate", str(out / "iwae.pt"), "digits", "--k", "7"]) == 0
 
 
-def test_a_ladder_has_a_prior_of_its_own(tmp_path):
+def test_a_ladder_brings_its_own_prior(tmp_path):
     options = ["demo", "--out", str(tmp_path), "--posterior", "ladder"]
     with pytest.raises(SystemExit, match="--posterior ladder brings its own prior; leave --prior vamp out"):
         main([*options, "--prior", "vamp"])
@@ -345,7 +345,7 @@ def test_a_prior_is_trained(name):
         assert 0 < (p - before.prior.get_parameter(n)).abs().amax() < 20 * training.LEARNING_RATE, n
 
 
-def test_latents_of_any_number():
+def test_any_number_of_latents():
     """Losses are finite and all parameters have gradients for one and three latents."""
     pytest.importorskip("zuko")
     x = digits().test[:5]
@@ -369,7 +369,7 @@ def test_latents_of_any_number():
                 assert torch.equal(again.iwae(x, 4), expected)
 
 
-def test_the_kl_is_closed_where_it_is_known():
+def test_the_kl_is_analytic_where_available():
     def kl(**names):
         model = models.build({"pixels": 64, "hidden": 8, "latent": 3, **names})
         return latents.elbo_options(model, torch.zeros(2, 64), 10)

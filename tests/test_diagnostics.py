@@ -67,7 +67,7 @@ def test_sums_of_float32_weights_are_kept_in_float64(k_chunk):
     assert result.nll == pytest.approx(-float(expected["log_px"].mean()), rel=1e-14)
 
 
-def test_what_is_known_stops():
+def test_converged_and_invalid_examples_stop_drawing():
     """Examples with infinite density, NaN or equal weights stop drawing; others continue."""
 
     class ByExample(Likelihood):
@@ -97,7 +97,7 @@ def test_what_is_known_stops():
     assert all(math.isfinite(q) for q in result.ess_quantiles)
 
 
-def test_the_curve_has_each_points_own_mean_and_error():
+def test_every_point_of_the_curve_has_its_mean_and_error():
     k, n = 1000, 40
     table = 2 * randn(k, n, seed=3, dtype=torch.float64) + randn(n, seed=4, dtype=torch.float64)
     result = _evaluate_table(table)
@@ -111,7 +111,7 @@ def test_the_curve_has_each_points_own_mean_and_error():
 
 
 @pytest.mark.parametrize("batch_size", [N, 5])
-def test_the_kl_of_each_latent_is_that_to_the_models_prior(batch_size):
+def test_kl_per_dim_uses_the_prior_of_the_model(batch_size):
     model = LinearGaussian(D, X)
     x = model.sample(N)
     prior = td.Normal(
@@ -127,7 +127,7 @@ def test_the_kl_of_each_latent_is_that_to_the_models_prior(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 5])
-def test_active_units_are_counted_by_the_unbiased_variance(batch_size):
+def test_active_units_use_the_unbiased_variance(batch_size):
     """Variances are unbiased: over five examples, division by n would give less than the threshold.
 
     Batches do not matter.
@@ -143,7 +143,7 @@ def test_active_units_are_counted_by_the_unbiased_variance(batch_size):
     assert result.active_units == 1
 
 
-def test_batches_of_other_means_are_active_units_too():
+def test_units_that_vary_only_between_batches_are_active():
     """A unit constant within each batch but not between them is active, with batches of unequal sizes."""
     levels = torch.tensor([0.0] * 5 + [0.5] * 2, device=DEVICE)
     x = levels[:, None].expand(7, D)
@@ -182,7 +182,7 @@ def test_defaults():
     assert result.k.tolist() == [100_000]
 
 
-def test_what_a_result_says_in_words():
+def test_printed_results():
     model = LinearGaussian(D, X)
     x = model.sample(N)
     result = evaluate_parts(
@@ -221,7 +221,7 @@ def test_what_a_result_says_in_words():
     assert str(many).count(share) == 2
 
 
-def test_what_is_not_known_is_left_out_of_the_file(tmp_path):
+def test_unknown_quantities_are_omitted_from_the_file(tmp_path):
     """Unknown quantities are omitted from the file, and the rest is read without pickle."""
 
     class Bare(Distribution):
@@ -247,7 +247,7 @@ def test_what_is_not_known_is_left_out_of_the_file(tmp_path):
         assert np.array_equal(saved["khat"], result.khat.numpy(), equal_nan=True)
 
 
-def test_an_array_that_may_not_be_written_is_read():
+def test_read_only_arrays_are_accepted():
     model = LinearGaussian(D, X)
     x = model.sample(N)
     array = x.cpu().numpy().copy()

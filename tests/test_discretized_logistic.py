@@ -36,7 +36,7 @@ def exact(x: float, mean: float, log_scale: float, log_width: float) -> tuple[li
             by_width = h * (sigmoid(r - h) + sigmoid(-r - h)) + 2 * h / mpmath.expm1(2 * h)
         side = -1 if x == 0 or (x < 1 and z < 0) else 1
         values = [log_p, side * by_r / s, r * by_r - by_width, by_width]
-        # An error of r or of h, in addition to those of their logarithms.
+        # An error of r or of h, in addition to the errors of their logarithms.
         move = (abs(z) + h) * sigmoid(r - h) * (1 + abs(t) + abs(u)) / 8
         steep = move * (1 + (abs(z) + h) * sigmoid(h - r)) / 2
         sizes = [abs(log_p) + move, abs(values[1]) * (1 + (abs(z) + h) / 8 * (1 + abs(t) + abs(u))),
@@ -65,7 +65,7 @@ def test_any_scale(backend, dtype, levels):
         assert float(out.flatten()[i].detach()) <= 0
 
 
-def test_scales_beyond_the_largest_number(backend):
+def test_overflowing_scales_are_clamped(backend):
     """Log scales are clamped to ±60."""
     x, mean = torch.tensor([[0.5, 0.0, 1.0]], device=DEVICE), torch.full((1, 3), 0.5, device=DEVICE)
     for log_scale, clamped in ((math.inf, 60.0), (200.0, 60.0), (-math.inf, -60.0), (-200.0, -60.0)):
@@ -89,7 +89,7 @@ def test_probabilities_of_all_levels_add_to_1(backend, dtype, levels, low, high)
     )
 
 
-def test_other_ends_are_another_unit(backend):
+def test_log_prob_does_not_depend_on_the_unit_of_pixels(backend):
     """The same pixels in [0, 1], in [-1, 1] and in bytes have the same log p."""
     pixels = torch.arange(256, device=DEVICE)[None, :]
     mean, log_scale = rand(3, 256, seed=1), randn(3, 256, seed=2) - 2
@@ -113,7 +113,7 @@ def test_other_ends_are_another_unit(backend):
         )
 
 
-def test_a_held_scale(backend):
+def test_a_scale_learned_by_the_likelihood(backend):
     x, mean = (rand(4, 7, seed=1) * 255).round() / 255, rand(4, 7, seed=2)
     likelihood = DiscretizedLogistic(low=-1.0, scale=0.2, learned=True).to(DEVICE)
     assert [n for n, _ in likelihood.named_parameters()] == ["log_scale"]
@@ -123,7 +123,7 @@ def test_a_held_scale(backend):
     torch.testing.assert_close(likelihood.log_prob(x, mean), expected)
 
 
-def test_what_is_no_grid():
+def test_invalid_grids_are_refused():
     for levels in (1, 2.0, True):
         with pytest.raises((TypeError, ValueError), match="levels must be .*the number of values of x; got"):
             DiscretizedLogistic(levels=levels)

@@ -80,7 +80,7 @@ def pairs(kinds=(DiagonalNormal, DiagonalNormal), prior=True, **form):
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_composed_ratios_are_the_fused_ones(estimator, prior, form):
+def test_composed_log_ratios_equal_the_fused_ones(estimator, prior, form):
     """Composed and fused log-ratios have equal values and gradients of q and p under a log-mean-exp.
 
     The gradients come through the decoder and directly.
@@ -100,7 +100,7 @@ def test_composed_ratios_are_the_fused_ones(estimator, prior, form):
 
 
 @pytest.mark.parametrize("route", ["iwae", "stl", "paths", "tied", "score"])
-def test_composed_chunks_are_the_whole(route):
+def test_composed_chunks_equal_the_whole(route):
     weight = randn(K, B, D, seed=5).double()
     encoder = {"tied": IWAE(groups=K), "score": WakePhi(), "paths": IWAE(estimator="dreg")}.get(route)
 
@@ -135,7 +135,7 @@ def _transforms(kind, cache_size=1):
 
 @pytest.mark.parametrize("route", ["iwae", "stl", "dreg", "chunks", WakePhi(), IWAE(groups=2)], ids=str)
 @pytest.mark.parametrize("kind", ["tanh", "inverse", "chain", "composed", "spatial"])
-def test_estimators_have_one_value_under_transforms_that_q_and_p_share(kind, route):
+def test_transforms_shared_by_q_and_p_change_no_estimator(kind, route):
     """Value and gradients equal those of the model without the transforms, whose Jacobians cancel."""
     shape = (B, D, 1, 2) if kind == "spatial" else (B, D)
     options = {"k": K, **BERNOULLI}
@@ -195,7 +195,7 @@ def test_transforms_with_parameters_and_a_cache(estimator):
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("per_dimension", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_composed_kls_are_the_fused_ones(prior, per_dimension, form):
+def test_composed_kls_equal_the_fused_ones(prior, per_dimension, form):
     found = []
     for kind in (DiagonalNormal, Own):
         q, p, leaves = pairs((kind, DiagonalNormal), prior, **form)
@@ -205,7 +205,7 @@ def test_composed_kls_are_the_fused_ones(prior, per_dimension, form):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-def test_densities_are_those_of_torch():
+def test_densities_equal_torch():
     q, p, _ = pairs()
     z, log_q = rsample_log_prob(q, K, SEED)
     expected = td.Normal(q.mu, torch.exp(0.5 * q.logvar)).log_prob(z).sum(-1)
@@ -267,7 +267,7 @@ NOT_ADDRESSED = ("HalfNormal", "Gamma", "Beta", "Dirichlet")
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", IN_HALF)
-def test_half_precision_is_computed_in_single(name, dtype):
+def test_half_precision_is_computed_in_float32(name, dtype):
     """In half precision, q and priors give the float64 values of the rounded parameters in every objective.
 
     The decoder receives z in q's dtype.
@@ -358,7 +358,7 @@ def test_torch_distributions_as_posteriors(name, estimator):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_their_noise_is_an_address(name):
+def test_noise_of_torch_distributions_is_addressed(name):
     """Chunks and shards of a draw are parts of the whole draw."""
     a, b = _parameters()
     whole, _ = TorchDistribution(FAMILIES[name](a, b)).rsample_log_prob(6, SEED)
@@ -369,7 +369,7 @@ def test_their_noise_is_an_address(name):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_what_torch_draws_is_repeatable_and_leaves_its_state(name):
+def test_draws_by_torch_are_repeatable_and_leave_the_random_state(name):
     q = TorchDistribution(DRAWN[name](*_parameters()))
     before = torch.get_rng_state()
     draw = lambda **place: q.rsample_log_prob(K, SEED, **place)[0]  # noqa: E731
@@ -380,7 +380,7 @@ def test_what_torch_draws_is_repeatable_and_leaves_its_state(name):
 
 
 @pytest.mark.parametrize("name", ["Laplace", "LogNormal", "Gumbel", "StudentT", *DRAWN])
-def test_their_draws_follow_them(name):
+def test_draws_follow_their_distribution_function(name):
     """Draws mapped by their distribution function are uniform: mean and variance within six sigma."""
     n = 20_000
     d = (FAMILIES | DRAWN)[name](*(p.detach() for p in _parameters()))
@@ -395,7 +395,7 @@ def test_their_draws_follow_them(name):
     assert bool((((u - 0.5).square().mean(0) - 1 / 12).abs() < 6 * math.sqrt(1 / 180 / n)).all())
 
 
-def test_draws_of_a_full_covariance_have_it():
+def test_draws_have_the_full_covariance():
     """Each entry of the draws' covariance is within six sigma."""
     n = 20_000
     d = _full(*(p.detach() for p in _parameters()))
@@ -407,7 +407,7 @@ def test_draws_of_a_full_covariance_have_it():
     assert bool(((found - expected).abs() < 6 * error).all())
 
 
-def test_the_tail_of_a_quantile_function(monkeypatch):
+def test_the_tail_of_a_quantile_function_is_accurate(monkeypatch):
     """The quantile function's argument is computed in float64: in float32 it is 1 from 5.3 sigma on."""
     eps = torch.tensor([-6.5, 6.5], dtype=torch.float64, device=DEVICE)
     monkeypatch.setattr(fastvae.random, "normal", lambda *_, **__: eps.reshape(1, 1, 2))
@@ -419,7 +419,7 @@ def test_the_tail_of_a_quantile_function(monkeypatch):
     )
 
 
-def test_an_exact_posterior_weighs_every_draw_alike():
+def test_an_exact_posterior_gives_equal_weights():
     """An exact full-covariance posterior weighs all draws equally: any K gives log p(x), STL's gradient is 0.
 
     The model is linear-Gaussian with rotated latents.
@@ -470,7 +470,7 @@ def test_torch_distributions_as_priors(name, estimator):
     assert all(g is not None for g in torch.autograd.grad(bound, leaves))
 
 
-def test_every_entry_takes_them(backend):
+def test_every_entry_accepts_torch_distributions(backend):
     x = torch.rand(B, X, device=DEVICE)
     decoder = nn.Linear(D, X).to(DEVICE)
     q = td.Laplace(randn(B, D, seed=1), torch.ones(B, D, device=DEVICE))
@@ -527,7 +527,7 @@ def test_compiled(objective):
         lambda a, b: td.Independent(td.Gamma(a, b), 1),
     ],
 )
-def test_draws_by_ops_are_torchs_own(make):
+def test_draws_by_ops_equal_torch(make):
     """Draws by ops equal torch's in value and gradient, and leave torch's random state unchanged."""
     leaves = [wide(B, D, seed=s).detach().exp().requires_grad_() for s in (1, 2)]
     results, state = [], torch.get_rng_state()
@@ -556,14 +556,14 @@ ON_LESS = {  # with a prior of the same support
     "LogNormal": lambda t, rows: LogNormal(t, 0 * t),
     "Exponential": lambda t, rows: Exponential(t),
     "Mixture": lambda t, rows: Mixture([Exponential(t), td.LogNormal(t, 1.0)]),
-    "axes of their own": lambda t, rows: td.Dirichlet(t.exp()[..., None, :].expand(*t.shape[:-1], 2, D)),
+    "several axes": lambda t, rows: td.Dirichlet(t.exp()[..., None, :].expand(*t.shape[:-1], 2, D)),
 }
 
 
 @pytest.mark.parametrize("name", ON_LESS)
-def test_a_posterior_on_less_than_the_whole_space_needs_a_prior(name):
+def test_a_posterior_of_restricted_support_needs_a_prior(name):
     make, x = ON_LESS[name], torch.ones(B, X, device=DEVICE)
-    size = 2 * D if name == "axes of their own" else D
+    size = 2 * D if name == "several axes" else D
     decoder = lambda z: z.flatten(1) @ torch.ones(size, X, device=DEVICE)  # noqa: E731
     q, p = make(0.3 * randn(B, D, seed=1), True), make(randn(D, seed=2), False)
     for objective in (fastvae.elbo, fastvae.iwae, fastvae.log_marginal):
@@ -590,7 +590,7 @@ def _mvn(mean, scale):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("wrap", [lambda d: d, lambda d: td.Independent(d, 1)], ids=["plain", "Independent"])
 @pytest.mark.parametrize("name", ["mvn", "mvn, one", "mvn, rows", "dirichlet"])
-def test_grouped_latents_have_their_closed_kl(name, wrap, unsaid):
+def test_grouped_latents_have_a_closed_kl(name, wrap, no_earlier_warning):
     x, decoder = torch.ones(B, X, device=DEVICE), lambda z: z.new_zeros(len(z), X)
     a, b, c, d = (
         0.4 * randn(*shape, seed=i) for i, shape in enumerate(((B, 3, 5), (B, 3, 5), (3, 5), (3, 5)))
@@ -618,12 +618,12 @@ def test_grouped_latents_have_their_closed_kl(name, wrap, unsaid):
 
 
 @pytest.fixture
-def unsaid(monkeypatch):
+def no_earlier_warning(monkeypatch):
     monkeypatch.setattr(draws, "_said", set())
 
 
 @pytest.mark.filterwarnings("error")
-def test_closed_forms_of_torch_serve(unsaid):
+def test_closed_forms_of_torch_are_used(no_earlier_warning):
     x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
     location = randn(B, D, seed=1)
     laplace, normal = td.Laplace(location, 0.7), td.Normal(location, 0.7)
@@ -637,7 +637,7 @@ def test_closed_forms_of_torch_serve(unsaid):
     torch.testing.assert_close(terms.kl, td.kl_divergence(*together))
 
 
-def test_without_a_closed_form_it_is_monte_carlo_and_said_once(unsaid):
+def test_a_kl_without_closed_form_is_estimated_with_one_warning(no_earlier_warning):
     x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
     q, p = (randn(B, D, seed=1), randn(B, D, seed=2)), td.StudentT(5.0)
     call = lambda **options: fastvae.elbo(  # noqa: E731
@@ -688,7 +688,7 @@ def test_a_registered_kl_is_used():
 # Detached parameters
 
 
-def test_held_is_a_copy_without_gradients():
+def test_frozen_returns_a_copy_without_gradients():
     inner = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D))
 
     class Deep(Distribution, nn.Module):
@@ -746,12 +746,12 @@ def test_held_is_a_copy_without_gradients():
         ),
     ],
 )
-def test_what_is_no_posterior(q, exception, words):
+def test_invalid_posteriors_are_refused(q, exception, words):
     with pytest.raises(exception, match=words):
         fastvae.elbo(torch.rand(B, X), q(), nn.Linear(D, X), **BERNOULLI)
 
 
-def test_what_a_family_lacks_is_said():
+def test_missing_methods_of_a_family_are_named():
     class Nothing(Distribution):
         batch, device = B, DEVICE
 
@@ -778,7 +778,7 @@ def test_what_a_family_lacks_is_said():
 # Subclasses and seams
 
 
-def test_a_subclass_of_the_standard_normal_has_no_kl_of_its_parent():
+def test_a_subclass_does_not_inherit_the_closed_kl():
     class Wider(StandardNormal):
         def log_prob(self, z):
             return super().log_prob(z / 2) - z.shape[-1] * math.log(2)
@@ -787,7 +787,7 @@ def test_a_subclass_of_the_standard_normal_has_no_kl_of_its_parent():
 
 
 @pytest.mark.parametrize("family", [td.Normal, td.Laplace, td.LogNormal])
-def test_a_subclass_of_torchs_draws_and_weighs_as_it_says(family):
+def test_subclasses_of_torch_families_use_their_own_methods(family):
     class Clipped(family):
         def rsample(self, shape=()):
             return super().rsample(shape).clamp(0.5, 1)
@@ -811,7 +811,7 @@ def test_a_subclass_of_torchs_draws_and_weighs_as_it_says(family):
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
-def test_parameters_that_cannot_be_held_are_an_error(estimator):
+def test_parameters_that_cannot_be_frozen_are_an_error(estimator):
     """Parameters in a closure raise: counted twice, they would silently give the prior a wrong gradient."""
     weight = torch.ones(D, device=DEVICE, requires_grad=True)
 
@@ -834,7 +834,7 @@ def test_parameters_that_cannot_be_held_are_an_error(estimator):
         assert torch.autograd.grad(call(), weight)[0].isfinite().all()
 
 
-def test_a_learned_prior_of_torchs_is_refused_by_a_module():
+def test_a_learned_torch_prior_is_refused_by_a_module():
     learned = td.Laplace(nn.Parameter(torch.zeros(D)), torch.ones(D))
     with pytest.raises(TypeError, match=r"Laplace with learned parameters.*not be trained.*Diagonal"):
         fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), prior=learned)
@@ -846,7 +846,7 @@ def test_drawing_leaves_other_devices_alone(monkeypatch):
     TorchDistribution(q).rsample_log_prob(2, torch.tensor(3))
 
 
-def test_what_is_registered_is_looked_at():
+def test_registered_kls_are_validated():
     for wrong in (td.Gamma, StandardNormal(), 3):
         with pytest.raises(
             TypeError, match="register_kl takes subclasses of fastvae.distributions.Distribution"
@@ -874,7 +874,7 @@ def test_lazily_negative_tensors():
 
 
 @pytest.mark.parametrize("kl", ["analytic", "mc"])
-def test_a_priors_clamp_counts(kl):
+def test_the_clamp_of_a_prior_is_applied(kl):
     """A prior with a clamp equals one of the clamped log variance, with zero gradient where clamped."""
     mu, logvar = wide(B, D, seed=1), wide(B, D, seed=2)
     m, s = wide(D, seed=3), wide(D, seed=4)
@@ -903,7 +903,7 @@ class Shifted(DiagonalNormal):
         return super().log_prob(z) - 1
 
 
-def test_a_subclass_of_the_prior_has_the_density_that_it_says():
+def test_a_subclass_of_a_prior_uses_its_own_density():
     q = randn(B, D, seed=1), randn(B, D, seed=2)
     m, s = randn(D, seed=3), randn(D, seed=4)
     x, weight = (randn(B, X, seed=5) > 0).float(), randn(D, X, seed=6)
@@ -963,7 +963,7 @@ def _entries():
 
 
 @pytest.mark.parametrize("name", [name for name, _ in _entries()])
-def test_a_pair_is_a_prior_everywhere(name):
+def test_a_pair_is_accepted_as_a_prior_everywhere(name):
     """``prior=(mu, logvar)``, a tuple or a list, is DiagonalNormal(mu, logvar), for [D] and for [B, D]."""
     torch.manual_seed(0)
     entry = dict(_entries())[name]
@@ -998,7 +998,7 @@ def test_a_learned_pair_is_registered():
 
 @pytest.mark.parametrize("op", ["rsample_kl", "rsample_log_ratio"])
 @pytest.mark.parametrize("form", [f for f in FORMS if "logvar_range" not in f])
-def test_ops_take_a_diagonal_normal(op, form):
+def test_ops_accept_a_diagonal_normal(op, form):
     """``prior=DiagonalNormal(...)`` is its mean and log variance."""
     function = getattr(fastvae.ops, op)
     mu, logvar = randn(B, D, seed=1), randn(B, D, seed=2)
@@ -1016,12 +1016,12 @@ def test_ops_refuse_other_priors():
         with pytest.raises(TypeError, match=r"prior must be a pair of tensors \(mean, logvar\), a fastvae"):
             fastvae.ops.rsample_kl(mu, logvar, prior=wrong)
     half = DiagonalNormal(mu.bfloat16(), logvar.abs().bfloat16(), scale_form="scale")
-    with pytest.raises(ValueError, match="no log variance, which half precision would round"):
+    with pytest.raises(ValueError, match="not log variances, which half precision would round"):
         fastvae.ops.rsample_kl(mu, logvar, prior=half)
 
 
 @pytest.mark.parametrize("route", ["stl", "dreg", "chunks", WakePhi(), IWAE(groups=2)], ids=str)
-def test_estimators_have_one_value_where_a_sample_has_prior_density_0(route):
+def test_estimators_agree_where_a_sample_has_prior_density_0(route):
     """A Gumbel's density is 0 in float32 from z = −90 on; such a sample has weight 0 for every estimator."""
     x, decoder = (randn(B, X, seed=4) > 0).float(), nn.Linear(1, X).to(DEVICE)
     loc = torch.full((B, 1), -88.0, device=DEVICE, requires_grad=True)

@@ -19,11 +19,11 @@ FUNCTIONS = {
 }
 
 
-def test_docstrings_are_those_of_the_table():
+def test_docstrings_match_the_table():
     assert not tools.outdated(), "run python -m tools.docstrings"
 
 
-def test_a_changed_text_is_noticed():
+def test_changed_texts_are_copied_into_docstrings():
     source = (
         'def f(a):\n    """Do.\n\n    Args:\n        a: old\n            text.\n        b: kept.\n\n    """\n'
     )

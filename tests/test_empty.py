@@ -230,7 +230,7 @@ def test_likelihoods_with_components(backend, name, k, b, x):
         assert g.shape == p.shape and g.dtype == p.dtype and not bool(g.any())
 
 
-def test_a_wholly_masked_batch_leaves_the_measured_variance_alone():
+def test_a_fully_masked_batch_does_not_change_the_variance():
     """Gaussian(scale='optimal') measures nothing from a masked batch, before and after the first one."""
     likelihood, decoder, _, _ = _inputs("optimal")
     x, q = torch.rand(4, X, device=DEVICE), tuple(torch.zeros(4, D, device=DEVICE) for _ in range(2))

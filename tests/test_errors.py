@@ -156,27 +156,27 @@ CASES = {
         ValueError,
         ["q has shape [5, 7, 2, 3]", "[B, 2 C, ...]", "mu and then logvar, on axis 1"],
     ),
-    "mu with axes of its own, logvar without": (
+    "mu of several axes, logvar of one": (
         lambda: elbo(x(), (mu(B, 4, 2, 3), logvar(B, 24)), pair),
         ValueError,
         ["logvar has shape [5, 24]", "mu has shape [5, 4, 2, 3]", "[B, *latent] each, or else flat"],
     ),
-    "logvar with axes of its own, mu without": (
+    "logvar of several axes, mu of one": (
         lambda: elbo(x(), (mu(B, 24), logvar(B, 4, 2, 3)), pair),
         ValueError,
         ["logvar has shape [5, 4, 2, 3]; expected [B, D]"],
     ),
-    "a prior that does not broadcast to latents with axes of their own": (
+    "a prior that does not broadcast to latents of several axes": (
         lambda: elbo(x(), mu(B, 8, 2, 3), pair, prior=DiagonalNormal(mu(3, 2), logvar(4, 1, 1))),
         ValueError,
         ["prior mean has shape [3, 2]", "[B, *latent] = [5, 4, 2, 3]", "[D] = [24]"],
     ),
-    "a prior of another batch, latents with axes of their own": (
+    "a prior of another batch, latents of several axes": (
         lambda: elbo(x(), mu(B, 8, 2, 3), pair, prior=DiagonalNormal(mu(2, 3), logvar(4, 4, 2, 3))),
         ValueError,
         ["prior logvar has shape [4, 4, 2, 3]", "[B, *latent] = [5, 4, 2, 3]"],
     ),
-    "a prior of torch's that does not broadcast to latents with axes of their own": (
+    "a prior of torch's that does not broadcast to latents of several axes": (
         lambda: elbo(x(), mu(B, 8, 2, 3), pair, prior=td.Laplace(mu(4, 2), 1.0)),
         ValueError,
         ["prior, a Laplace with event shape [],", "has shape [4, 2]", "[B, *latent] = [5, 4, 2, 3]"],
@@ -195,7 +195,7 @@ CASES = {
         ValueError,
         ["prior has latents of the shape [4, 3, 2]", "q has [4, 2, 3]"],
     ),
-    "a decoder that merges rows of latents with axes of their own": (
+    "a decoder that merges rows of latents of several axes": (
         lambda: elbo(x(), mu(B, 8, 2, 3), lambda z: logits(z.reshape(-1, 3)), k=2, **BERNOULLI),
         ValueError,
         ["decoder returned [80, 7]", "z [10, 4, 2, 3]", "K·B = 2·5 rows", "z.flatten(1)"],

@@ -136,7 +136,7 @@ def test_stopping_at_a_tolerance():
     assert "on average" in str(result)
 
 
-def test_stopping_draws_for_those_that_go_on_alone():
+def test_only_unfinished_examples_are_drawn():
     """Decoder and sampler process only examples still drawing, with unchanged results."""
     model, x, _ = _model_and_data(100)
     hard = [7, 8, 60]
@@ -181,7 +181,7 @@ def test_stopping_draws_for_those_that_go_on_alone():
     _assert_same(_evaluate(model, q, x, k=3000, tol=0.05, prior=prior), results[0], 1e-9)
 
 
-def test_stopping_waits_for_the_first_weight():
+def test_drawing_continues_while_all_weights_are_zero():
     """While all weights are 0 the error is unknown and drawing continues; a warning says if it stays so."""
 
     class Rare(fastvae.likelihoods.Likelihood):
@@ -252,7 +252,7 @@ def test_a_tolerance_refuses_rows_that_depend_on_others(how, dtype):
         torch.testing.assert_close(alone.log_px, whole.log_px, rtol=1e-10, atol=1e-10)
 
 
-def test_a_tolerance_says_why_a_row_alone_cannot_be_decoded():
+def test_a_tolerance_reports_why_part_of_a_batch_cannot_be_decoded():
     model, x, q = _model_and_data(24)
 
     def decoder(z):
@@ -271,7 +271,7 @@ def test_a_tolerance_says_why_a_row_alone_cannot_be_decoded():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_tolerance_takes_any_honest_decoder(dtype):
+def test_a_tolerance_accepts_decoders_of_independent_rows(dtype):
     """Rounding that depends on the number of rows, a decoder's own noise, and NaN are accepted."""
     encoder, decoder = models.networks(X, D, "bernoulli", dtype=dtype)
     x = rand(N, X, seed=2, dtype=dtype).round()
@@ -296,7 +296,7 @@ def test_a_tolerance_takes_any_honest_decoder(dtype):
                 evaluate_parts(encoder, decoder, x, **options)
 
 
-def test_the_question_leaves_no_trace():
+def test_checking_the_rows_of_a_decoder_has_no_side_effects():
     """The check of the decoder's rows changes neither the random state nor the results."""
     model, x, q = _model_and_data()
 
@@ -314,7 +314,7 @@ def test_the_question_leaves_no_trace():
     assert torch.equal(asked.log_px, plain.log_px)
 
 
-def test_the_bias_that_stopping_brings():
+def test_bias_due_to_stopping():
     """Stopping biases estimates low, by less than half of the tolerance, for log weights of deviation 1.
 
     (Shift 1, 3 latents: 1.7.)
@@ -345,7 +345,7 @@ def test_independent_of_batches_and_chunks():
         _assert_same(_evaluate(model, q, x, **options), whole)
 
 
-def test_the_draws_are_those_of_log_marginal():
+def test_draws_equal_those_of_log_marginal():
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x, batch_size=N)
     expected = fastvae.log_marginal(
@@ -444,7 +444,7 @@ def test_posteriors_without_means_or_kl():
         vae.evaluate(x, k=3, **QUIET)
 
 
-def test_one_example_and_sizes_that_differ():
+def test_one_example_and_varying_event_sizes():
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x[:1])
     assert math.isnan(result.stderr)
@@ -478,7 +478,7 @@ def test_exact_posterior_is_trusted():
     assert result.khat.tolist() == [-math.inf] * 300
 
 
-def test_eval_mode_and_back():
+def test_eval_mode_is_set_and_restored():
     """Evaluation turns dropout off, also if the encoder is a function of modules, and restores every mode."""
     encoder = nn.Sequential(nn.Linear(X, 2 * D), nn.Dropout(0.9)).to(DEVICE)
     decoder = nn.Sequential(nn.Linear(D, 9), nn.Dropout(0.9), nn.BatchNorm1d(9), nn.Linear(9, X)).to(DEVICE)
@@ -565,7 +565,7 @@ def test_two_threads_evaluate_one_model():
     assert not failed
     assert modes == [(False, False, False)] * 3
     assert [m.training for m in (encoder, decoder, decoder[0], decoder[1])] == [True, True, True, False]
-    # An evaluation inside another, too.
+    # Also for nested evaluations.
     inner = lambda x: (evaluate_parts(encoder, decoder, x, k=1, **QUIET), q(x))[1]  # noqa: E731
     fastvae.VAE(inner, decoder, modules=[q]).evaluate(x, k=3, **QUIET)
     assert modes[-1] == (False, False, False)
@@ -607,7 +607,7 @@ def test_progress_shows_the_running_nll(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_person_can_read_it(tmp_path):
+def test_the_summary_is_readable(tmp_path):
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x)
     text = str(result)
@@ -643,7 +643,7 @@ def _quoted(result):
     return "".join(lines)
 
 
-def test_it_says_which_estimate_to_quote():
+def test_the_summary_recommends_an_estimate():
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x, k=200)
     assert result.figures["psis"] == -float(result.psis.mean())
@@ -683,7 +683,7 @@ def test_figures_of_the_data():
     assert not {"low", "high"} & figures.keys()
 
 
-def test_an_estimate_that_is_declared_with_a_heading_is_reported(monkeypatch):
+def test_estimates_with_a_heading_are_reported(monkeypatch):
     model, x, q = _model_and_data()
     for k in (200, 1):
         result = _evaluate(model, q, x, k=k)
@@ -694,7 +694,7 @@ def test_an_estimate_that_is_declared_with_a_heading_is_reported(monkeypatch):
             found = [line for line in str(result).splitlines() if line not in plain]
         error = f" (± {result.mc_stderr:.2g} by the draws)" * (k > 1)
         assert found == [f"  PSIS           {result.figures['psis']:.2f} nats{error}"]
-        # A number that is not known is left out: the jackknife of one draw.
+        # A number that is unknown is omitted: the jackknife of one draw.
         with monkeypatch.context() as patched:
             declared = dataclasses.replace(ESTIMATES["jackknife"], heading="jackknife")
             patched.setitem(ESTIMATES, "jackknife", declared)
@@ -748,7 +748,7 @@ def test_forms_of_data():
             _assert_same(_evaluate(model, encoder, data), expected)
 
 
-def test_an_encoder_that_fails_says_on_what():
+def test_an_error_of_the_encoder_names_its_input():
     """An encoder's error names its input: a list of examples is indistinguishable from a list of batches."""
     encoder, decoder = models.networks(X, D)
     with pytest.raises(IndexError) as error:
@@ -766,7 +766,7 @@ def test_an_encoder_that_fails_says_on_what():
         (torch.bfloat16, torch.float32),
     ],
 )
-def test_batches_go_to_the_models_dtype(given, own, tmp_path):
+def test_batches_are_cast_to_the_dtype_of_the_model(given, own, tmp_path):
     """Batches are cast to the model's dtype: NumPy's float64 to float32; float32 to bfloat16 or float64.
 
     The latter as with Lightning's bf16-true and 64-true.
@@ -796,7 +796,7 @@ def test_batches_go_to_the_models_dtype(given, own, tmp_path):
         run(x.to(own), checkpoint=file)
 
 
-def test_data_stay_as_they_are_where_nothing_has_a_dtype():
+def test_data_keep_their_dtype_if_the_model_has_none():
     seen = []
 
     def q(x):
@@ -899,7 +899,7 @@ def test_bad_options(options, error, words):
         evaluate_parts(encoder, decoder, torch.zeros(3, X), **QUIET, **options)
 
 
-def test_modules_on_other_devices():
+def test_unusable_modules_and_loaders_are_refused():
     encoder, decoder = models.networks(X, D)
     with pytest.raises(ValueError, match="the encoder is on meta but the decoder is on"):
         evaluate_parts(encoder.to("meta"), decoder, torch.zeros(3, X), k=3, **QUIET)
@@ -997,7 +997,7 @@ _evaluate(model, stops, x, batch_size=2, checkpoint=sys.argv[1])
 """
 
 
-def test_killed_and_started_again(tmp_path):
+def test_a_killed_run_can_be_resumed(tmp_path):
     """A run killed by SIGKILL resumes without repeating work and gives the result of an unbroken run."""
     file = tmp_path / "run.npz"
     root = Path(__file__).parents[1]
@@ -1021,7 +1021,7 @@ def test_killed_and_started_again(tmp_path):
     assert len(calls) == 12 - done + 1
     _assert_same(result, _evaluate(model, q, x, batch_size=2), 1e-14)
     assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
-    # And once more: everything is in the checkpoint.
+    # A further run finds everything in the checkpoint.
     calls.clear()
     again = _evaluate(model, counting, x, batch_size=2, checkpoint=file)
     assert len(calls) == 1
@@ -1052,7 +1052,7 @@ def test_the_seed_is_in_the_checkpoint(tmp_path):
     _assert_same(_evaluate(model, q, x, checkpoint=tmp_path / "run.npz", **options), expected, 1e-14)
 
 
-def test_interrupted_twice(tmp_path):
+def test_a_run_interrupted_twice_can_be_resumed(tmp_path):
     """The first run's work is kept when the second run is interrupted too."""
     model, x, q = _model_and_data()
     calls = []
@@ -1075,7 +1075,7 @@ def test_interrupted_twice(tmp_path):
     _assert_same(_evaluate(model, q, x, **options), _evaluate(model, q, x, batch_size=2), 1e-14)
 
 
-def test_saving_takes_little_of_the_time_and_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_saving_takes_little_time_and_leaves_no_drafts(tmp_path, monkeypatch):
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x, batch_size=1, checkpoint=tmp_path / "a.npz")
     writes = []
@@ -1116,7 +1116,7 @@ def _full_disk(monkeypatch, times: int) -> list[int]:
 
 
 @pytest.mark.parametrize("times", [2, 10**6])
-def test_a_full_disk_costs_the_checkpoint_not_the_results(tmp_path, monkeypatch, times):
+def test_a_full_disk_loses_the_checkpoint_but_not_the_results(tmp_path, monkeypatch, times):
     """On a full disk the run continues and retries, and an existing file is not damaged."""
     model, x, q = _model_and_data()
     file = tmp_path / "run.npz"
@@ -1142,7 +1142,7 @@ def _stops_after(x, count):
     raise KeyError("stop")
 
 
-def test_a_home_folder(tmp_path, monkeypatch):
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     model, x, q = _model_and_data()
@@ -1152,7 +1152,7 @@ def test_a_home_folder(tmp_path, monkeypatch):
     assert torch.equal(fastvae.Evaluation.load("~/result.npz").log_px, result.log_px)
 
 
-def test_a_link_is_followed(tmp_path):
+def test_symbolic_links_are_followed(tmp_path):
     model, x, q = _model_and_data()
     (tmp_path / "big").mkdir()
     (tmp_path / "run.npz").symlink_to(tmp_path / "big" / "run.npz")
@@ -1163,14 +1163,14 @@ def test_a_link_is_followed(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write to")
-def test_a_folder_that_cannot_be_written_is_seen_before_the_work():
+def test_an_unwritable_folder_fails_before_evaluation():
     model, x, _ = _model_and_data()
 
     def encoder(x):
         raise AssertionError("too late")
 
     with pytest.raises(
-        ValueError, match=r"checkpoint /proc/run\.npz: no file can be made in the folder /proc"
+        ValueError, match=r"checkpoint /proc/run\.npz: no file can be created in the folder /proc"
     ):
         _evaluate(model, encoder, x, checkpoint="/proc/run.npz")
 
@@ -1198,7 +1198,7 @@ def test_a_result_is_saved_and_loaded(tmp_path, kind):
     assert str(loaded) == str(result)
 
 
-def test_what_is_no_result_is_not_loaded(tmp_path):
+def test_files_that_are_not_results_are_refused(tmp_path):
     model, x, q = _model_and_data()
     file = tmp_path / "result.npz"
     _evaluate(model, q, x, checkpoint=tmp_path / "run.npz").save(file)
@@ -1252,7 +1252,7 @@ _SPOILED = {
 
 
 @pytest.mark.parametrize("case", _SPOILED)
-def test_a_result_whose_parts_do_not_agree_is_not_loaded(tmp_path, case):
+def test_inconsistent_results_are_refused(tmp_path, case):
     model, x, q = _model_and_data()
     file = tmp_path / "result.npz"
     _evaluate(model, q, x).save(file)
@@ -1274,7 +1274,7 @@ class _Spy:
         return Path.touch, (self.mark,)
 
 
-def test_no_code_of_a_file_runs(tmp_path):
+def test_loading_runs_no_code(tmp_path):
     model, x, q = _model_and_data()
     file, mark = tmp_path / "result.npz", tmp_path / "mark"
     _evaluate(model, q, x).save(file)
@@ -1289,7 +1289,7 @@ def test_no_code_of_a_file_runs(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["loop", "long", "folder", "file as a folder"])
-def test_a_checkpoint_that_cannot_be_a_file_says_why(tmp_path, kind):
+def test_invalid_checkpoint_paths_are_explained(tmp_path, kind):
     model, x, q = _model_and_data()
     path, words = {
         "loop": (tmp_path / "a", "symbolic links"),
@@ -1308,7 +1308,7 @@ def test_a_checkpoint_that_cannot_be_a_file_says_why(tmp_path, kind):
             fastvae.Evaluation.load(path)
 
 
-def test_a_name_as_long_as_the_file_system_takes(tmp_path):
+def test_a_file_name_of_maximum_length(tmp_path):
     model, x, q = _model_and_data()
     path = tmp_path / ("ä" * 120 + ".npz")
     first = _evaluate(model, q, x, checkpoint=path)
@@ -1317,7 +1317,7 @@ def test_a_name_as_long_as_the_file_system_takes(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_nobody_foresees_the_name_of_a_draft(tmp_path, monkeypatch):
+def test_names_of_drafts_are_unpredictable(tmp_path, monkeypatch):
     """A draft's name is unpredictable, as a symbolic link at it would be followed."""
     model, x, q = _model_and_data()
     result, names = _evaluate(model, q, x), []
@@ -1333,7 +1333,7 @@ def test_nobody_foresees_the_name_of_a_draft(tmp_path, monkeypatch):
     assert not target.exists()
 
 
-def test_a_result_replaces_another_when_it_is_whole(tmp_path, monkeypatch):
+def test_saving_replaces_a_result_atomically(tmp_path, monkeypatch):
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x)
     result.save(tmp_path / "result.npz")
@@ -1359,7 +1359,7 @@ def test_a_summary_can_be_printed_anywhere(encoding, sign, monkeypatch):
     assert f"{result.nll:.2f} {sign} {result.stderr:.2f} nats" in stream.buffer.getvalue().decode(encoding)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
+def test_drafts_of_a_killed_process_are_removed(tmp_path, monkeypatch):
     """A killed rank's drafts are removed; nothing else is, not even another checkpoint's."""
     model, x, q = _model_and_data()
     with monkeypatch.context() as killed:
@@ -1393,7 +1393,7 @@ def test_checkpoints_leave_other_files_alone(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run[1].npz", other.name]
 
 
-def test_what_the_digests_see():
+def test_digests_depend_on_every_tensor_and_setting():
     """Digests depend on every tensor's name, dtype, shape and values, and on the settings of modules."""
     base = [torch.arange(6.0)]
     seen = [
@@ -1423,7 +1423,7 @@ def test_what_the_digests_see():
     parameters_digest(nn.LazyLinear(3))
 
 
-def test_checkpoints_of_something_else(tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     file = tmp_path / "run.npz"
     encoder, decoder = models.networks(X, D)
     x = randn(N, X, seed=5)
@@ -1508,7 +1508,7 @@ def _run_rank(rank: int, world: int, folder: str, shard: str, options: dict) -> 
         torch.manual_seed(rank)
         options = {"k": 333, "batch_size": 4, "generator": None, "shard": shard, **options}
         if "seed" in options:
-            # Rank 0's generator is used, whatever the others' state.
+            # All ranks use rank 0's generator.
             options["generator"] = torch.Generator().manual_seed(options.pop("seed") + rank)
         if options.pop("shuffled", False):
             loader = DataLoader(TensorDataset(x), 4, shuffle=True)
@@ -1645,7 +1645,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
         expected = torch.load(f"{folder}/expected.pt", weights_only=False)
         _assert_same(evaluate(**seeded()), expected)
         _assert_same(evaluate(**seeded(), **resumed), expected)
-        # One rank evaluates alone, while the others do something else.
+        # One rank may evaluate alone while the others do other work.
         if rank == 1:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(distributed, "all_gather_object", None)
@@ -1659,7 +1659,7 @@ def _run_failures(rank: int, world: int, folder: str, shard: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("shard", ["data", "samples"])
-def test_a_rank_that_fails_tells_the_others(tmp_path, shard):
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path, shard):
     """A failing rank's error is raised on the others, which do not hang and can continue."""
     model, x, q = _model_and_data()
     options = {"k": 200, "batch_size": 2, "generator": torch.Generator().manual_seed(6)}
@@ -1685,7 +1685,7 @@ def test_reconstruction_log_prob(backend):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_vaes_reconstruction_log_prob():
+def test_reconstruction_log_prob_of_a_vae():
     """It is low for x unlike the data, whatever the learned prior."""
     model, x, q = _model_and_data(dtype=torch.float32)
     vae = fastvae.VAE(q, model.decoder, likelihood=model.likelihood, modules=[])

@@ -221,7 +221,7 @@ def test_log_variances_of_the_likelihood(backend, layout, pixels):
 
 
 @pytest.mark.parametrize("logvar", [-89.0, -120.0, -170.0])
-def test_a_pixel_that_is_met_exactly(backend, logvar):
+def test_a_pixel_equal_to_the_mean(backend, logvar):
     """At x = mean, (x - mean)^2 / s^2 is 0, though 1 / s^2 overflows float32."""
     x = torch.rand(2, 5, device=DEVICE)
     mean, v = x.clone().requires_grad_(), torch.tensor(logvar, device=DEVICE, requires_grad=True)
@@ -232,7 +232,7 @@ def test_a_pixel_that_is_met_exactly(backend, logvar):
     assert torch.equal(grads[0], torch.zeros_like(mean)) and float(grads[1]) == -5.0
 
 
-def test_a_scale_too_small_for_its_type(backend):
+def test_a_scale_that_underflows(backend):
     """A scale that underflows gives infinities where it must, and padding rows contribute nothing."""
     x, mean = torch.ones(3, 5, device=DEVICE), torch.zeros(7, 3, 5, device=DEVICE, requires_grad=True)
     x.requires_grad_()

@@ -74,7 +74,7 @@ for name, call in CALLS.items():
 
 @pytest.mark.skipif(_backend.LEFT_OUT, reason="the C++ was left out")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_failing_allocations(threads, tmp_path):
+def test_failed_allocations_are_survived(threads, tmp_path):
     compiler = shutil.which("c++")
     assert compiler is not None, "no C++ compiler, which built the extension"
     source, library = tmp_path / "shim.cpp", tmp_path / "shim.so"

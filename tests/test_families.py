@@ -234,7 +234,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_estimators_have_one_value_in_half_precision(dtype):
+def test_estimators_agree_in_half_precision(dtype):
     for name in POSTERIORS:
         # No DReG; networks in half precision; torch's has no Cholesky factor of it.
         if name in ("mixture", "flow", "torch's low rank"):
@@ -409,7 +409,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("name", SCIPY)
-def test_densities_are_those_of_scipy(name):
+def test_densities_equal_scipy(name):
     """Densities equal scipy's, also far out in the tails."""
     a, b = randn(B, D, seed=1).double(), 0.5 * randn(B, D, seed=2).double()
     z = 30 * randn(K, B, D, seed=3).double()
@@ -437,7 +437,7 @@ def test_draws_follow_their_distribution_function(name):
 
 
 @pytest.mark.parametrize("name", ["laplace", "logistic", "gumbel", "exponential", "student"])
-def test_the_tails_are_right(name, monkeypatch):
+def test_tails_equal_the_quantile_function(name, monkeypatch):
     """Noise at 6.5 standard deviations gives the family's quantile there, though 1 − u is 0 in float32."""
     eps = torch.tensor([-6.5, 6.5, 0.3], dtype=torch.float64, device=DEVICE)
     if name == "student":
@@ -502,7 +502,7 @@ def test_half_precision(name, dtype):
 # Covariances
 
 
-def test_a_triangle_row_by_row():
+def test_full_normal_reads_its_triangle_by_rows():
     mu, tril = randn(B, D, seed=1).double(), randn(B, D * (D + 1) // 2, seed=2).double()
     scale = torch.zeros(B, D, D, dtype=torch.float64, device=DEVICE)
     at = 0
@@ -521,7 +521,7 @@ def test_a_triangle_row_by_row():
     torch.testing.assert_close(again.tril, tril, rtol=1e-12, atol=1e-12)
 
 
-def test_low_rank_is_torchs():
+def test_low_rank_equals_torch():
     mu, logvar, factor = (randn(*s, seed=i).double() for i, s in enumerate([(B, D), (B, D), (B, D, 2)]))
     q = LowRankNormal(mu, logvar, factor)
     z = randn(K, B, D, seed=5).double()
@@ -540,7 +540,7 @@ NORMALS = ("diagonal", "full", "low rank")
 
 @pytest.mark.parametrize("q", NORMALS)
 @pytest.mark.parametrize("p", ["standard", *NORMALS])
-def test_closed_forms_of_normals_are_torchs(q, p):
+def test_closed_forms_of_normals_equal_torch(q, p):
     """KL(q ‖ p) and its gradients equal torch's formula for full covariances in float64."""
     made_q, made_p = Parameters(), Parameters()
     posterior = POSTERIORS[q](made_q)
@@ -565,7 +565,7 @@ def test_closed_forms_of_normals_are_torchs(q, p):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
-def test_a_kl_near_zero_keeps_its_digits():
+def test_a_kl_near_zero_is_accurate():
     """The KL of a full covariance 1e-4 off the prior is accurate in float32; naively it is rounding noise."""
     tril = 1e-4 * randn(B, D * (D + 1) // 2, seed=1)
     mu = 1e-4 * randn(B, D, seed=2)
@@ -593,7 +593,7 @@ def test_free_bits_of_a_full_covariance():
 
 
 @pytest.mark.parametrize("family", ["full", "low rank"])
-def test_the_exact_posterior_weighs_every_draw_alike(family, backend):
+def test_the_exact_posterior_gives_equal_weights(family, backend):
     """The exact posterior of a linear-Gaussian model with rotated latents weighs all draws equally.
 
     Any K gives log p(x), the ELBO too, and STL's gradient is 0.
@@ -653,7 +653,7 @@ def test_a_mixture_is_stratified_and_unbiased():
         assert bool(((ratios.mean(0) - 1).abs() < 6 * error).all()), k
 
 
-def test_each_stratum_has_its_share_of_draws():
+def test_each_stratum_gets_its_share_of_draws():
     far = [(torch.full((2, 1), 100.0 * c, device=DEVICE), torch.zeros(2, 1, device=DEVICE)) for c in range(3)]
     q = Mixture(far)
     for seed in (torch.tensor(0), torch.tensor(-7), torch.tensor(4)):
@@ -662,13 +662,13 @@ def test_each_stratum_has_its_share_of_draws():
         assert counts.tolist() == [4, 4, 4]
 
 
-def test_components_have_noise_of_their_own():
+def test_components_have_different_noise():
     q = Mixture([(zeros(2, 3), zeros(2, 3))] * 3)
     z, _ = q.rsample_log_prob(6, SEED)
     assert len(z.flatten().unique()) == z.numel()
 
 
-def test_gradients_of_a_mixture_are_those_of_its_definition():
+def test_gradients_of_a_mixture_equal_the_definition():
     """A mixture's ELBO and IWAE gradients equal those by torch.distributions at the same draws.
 
     Gradients of logits, means and variances.
@@ -746,7 +746,7 @@ WITHOUT_ROWS = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_ROWS)
-def test_a_component_that_is_the_same_for_all_examples(name):
+def test_a_component_shared_by_all_examples(name):
     """A shared component is drawn per example, like one with equal rows; the weights are as written out."""
     p, own = Parameters(), Parameters()
     mu, logvar, logits = p(B, D), p(B, D), p(2)
@@ -771,7 +771,7 @@ def test_a_component_that_is_the_same_for_all_examples(name):
 
 
 @pytest.mark.parametrize("family", ["full", "low rank", "laplace", "diagonal"])
-def test_a_subclass_is_not_expanded_as_its_parent(family):
+def test_a_shared_component_of_a_subclass_needs_expand(family):
     """A user's subclass, whose density may differ, must define expand to be a shared component."""
     made = BOTH[family](Parameters(), ())
     made.__class__ = type("Own", (type(made),), {})
@@ -794,7 +794,7 @@ def test_rows_of_a_mixture():
 # VampPrior and aggregate posteriors
 
 
-def test_a_vamp_prior_is_the_mixture_of_its_posteriors(backend):
+def test_a_vamp_prior_equals_the_mixture_of_its_posteriors(backend):
     encoder = nn.Linear(X, 2 * D).to(DEVICE)
     inputs = nn.Parameter(randn(U, X, seed=2))
     z = randn(K, B, D, seed=3)
@@ -809,7 +809,7 @@ def test_a_vamp_prior_is_the_mixture_of_its_posteriors(backend):
     torch.testing.assert_close(aggregate.log_prob(z), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_pseudo_inputs_of_a_module():
+def test_pseudo_inputs_may_come_from_a_module():
     """A module may return the pseudo-inputs, and the prior trains its parameters."""
     torch.manual_seed(0)
     encoder, z = nn.Linear(X, 2 * D).to(DEVICE), randn(K, B, D, seed=3)
@@ -834,7 +834,7 @@ def test_pseudo_inputs_of_a_module():
 @pytest.mark.parametrize(
     "logits", [None, torch.tensor([0.5, -1.0], dtype=torch.float64)], ids=["even", "uneven"]
 )
-def test_a_prior_that_is_a_mixture_of_a_vamp_prior(logits):
+def test_a_mixture_that_contains_a_vamp_prior(logits):
     """A mixture of a VampPrior and a broad component has both densities, also in a chunked bound."""
     made = Parameters()
     vamp, x, decoder = _vamp(made), _data(torch.float64), _decoder(torch.float64)
@@ -884,7 +884,7 @@ def test_pseudo_inputs_are_encoded_once_a_call():
     assert encoder.calls == 1
 
 
-def test_a_vamp_prior_is_named_in_what_is_said():
+def test_messages_name_the_vamp_prior():
     encoder, q = nn.Linear(X, 2 * D).to(DEVICE), (zeros(B, D), zeros(B, D))
     prior = VampPrior(encoder, zeros(U, X))
     fastvae.distributions.draws._said.discard(("DiagonalNormal", "VampPrior"))
@@ -943,7 +943,7 @@ def test_compiled(objective, name):
 # Flows
 
 
-def test_a_flow_is_drawn_at_its_address():
+def test_draws_of_a_flow_are_addressed():
     flow = _flow(lambda: zuko.flows.NSF(D, 2, transforms=2, hidden_features=[8], passes=2)).to(DEVICE)
     context = randn(B, 2, seed=4)
     z, log_q = Flow(flow, context).rsample_log_prob(K, SEED)
@@ -968,7 +968,7 @@ def test_a_flow_is_trained():
             assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in module.parameters())
 
 
-def test_stl_holds_a_flows_parameters():
+def test_stl_freezes_the_parameters_of_a_flow():
     """An identity flow is the exact posterior of a model without data, so STL's gradient is 0."""
     flow = _flow(lambda: zuko.flows.MAF(D, 2, transforms=1, hidden_features=[8], passes=2)).to(
         DEVICE, torch.float64
@@ -983,7 +983,7 @@ def test_stl_holds_a_flows_parameters():
     assert all(g is None or float(g.abs().max()) < 1e-12 for g in grads)
 
 
-def test_held_families_have_no_gradient():
+def test_frozen_families_have_no_gradient():
     for name, make in POSTERIORS.items():
         q = as_posterior(make(Parameters()))
         z = q.rsample_log_prob(K, SEED)[0].detach()
@@ -994,7 +994,7 @@ def test_held_families_have_no_gradient():
         assert not frozen(p).log_prob(z).requires_grad, name
 
 
-def test_paths_with_every_prior():
+def test_path_gradients_work_with_every_prior():
     """The "paths" route of q's gradient works with every prior."""
     q = as_posterior(POSTERIORS["full"](Parameters()))
     for make in PRIORS.values():
@@ -1004,7 +1004,7 @@ def test_paths_with_every_prior():
 
 # Mismatches
 
-# The words of torch.distributions
+# Moments, entropy and sampling, named as in torch.distributions
 
 
 def _torch_of(name, rows):
@@ -1036,8 +1036,8 @@ CLOSED = [name for name in BOTH if name not in ("mixture", "logistic")]
 
 @pytest.mark.parametrize("rows", [(B,), ()], ids=["posterior", "prior"])
 @pytest.mark.parametrize("name", CLOSED)
-def test_words_of_torch(name, rows):
-    """Moments [B, D] and the entropy [B] are those of torch's family, for a prior [D] and []."""
+def test_moments_and_entropy_equal_torch(name, rows):
+    """Moments [B, D] and the entropy [B] equal those of torch's family; for a prior they are [D] and []."""
     ours, other = _torch_of(name, rows)
     for word in MOMENTS:
         value = getattr(ours, word)
@@ -1072,7 +1072,7 @@ def test_the_scale_of_every_form(name):
     torch.testing.assert_close(q.entropy(), normal.entropy().sum(-1), rtol=1e-12, atol=1e-12)
 
 
-def test_the_words_in_half_precision():
+def test_moments_and_entropy_in_half_precision():
     """Moments have the dtype of z, the entropy float32."""
     for name in CLOSED:
         if name == "torch":  # its own dtypes
@@ -1085,7 +1085,7 @@ def test_the_words_in_half_precision():
         torch.testing.assert_close(q.entropy().double(), exact.entropy(), rtol=0.05, atol=0.05)
 
 
-def test_moments_of_other_degrees_of_freedom():
+def test_moments_of_student_t_for_few_degrees_of_freedom():
     df = torch.tensor([0.5, 1.5, 3.0], dtype=torch.float64)
     ours = StudentT(torch.zeros(3).double(), torch.ones(3).double(), df)
     expected = td.StudentT(df, torch.zeros(3).double(), torch.ones(3).double().exp())
@@ -1106,7 +1106,7 @@ def test_parameters_that_broadcast():
 
 
 @pytest.mark.parametrize("name", [n for n in POSTERIORS if n not in ("student", "log-normal")])
-def test_moments_are_those_of_the_draws(name):
+def test_moments_equal_those_of_the_draws(name):
     """Mean and variance of draws of a posterior [k, B, D] are ``mean`` and ``variance``."""
     q = as_posterior(POSTERIORS[name](Parameters()))
     z = q.sample(40_000, generator=generator(3))
@@ -1146,7 +1146,7 @@ def test_moments_of_priors(name):
 
 
 @pytest.mark.parametrize("name", [n for n in POSTERIORS if n != "mixture"])
-def test_rsample_is_the_addressed_draw(name):
+def test_rsample_equals_the_addressed_draw(name):
     """``rsample`` gives z of ``rsample_log_prob`` from the generator's seed, with gradients."""
     made = Parameters()
     q = as_posterior(POSTERIORS[name](made))
@@ -1225,13 +1225,13 @@ LACKING = {
 
 
 @pytest.mark.parametrize("what", LACKING)
-def test_a_word_that_a_family_lacks(what):
+def test_undefined_moments_and_samples_are_refused(what):
     make, message = LACKING[what]
     with pytest.raises(NotImplementedError, match=message):
         make()
 
 
-def test_words_without_a_number_of_latents():
+def test_sample_and_entropy_need_the_number_of_latents():
     for p in (StandardNormal(), Laplace(zeros(), zeros()), TorchDistribution(td.Normal(0.0, 1.0))):
         with pytest.raises(ValueError, match="pass dim="):
             p.sample(3)
@@ -1250,8 +1250,8 @@ class _Unnamed(fastvae.distributions.Distribution):
     """Posterior without any moment."""
 
 
-def test_words_of_a_users_family():
-    """A family may define moments in its constructor; what it lacks, or overrides, is an error."""
+def test_moments_of_a_custom_family():
+    """A family may define moments in its constructor; missing or overridden moments raise."""
     with pytest.raises(NotImplementedError, match="_Unnamed has no variance in closed form"):
         _ = _Unnamed().variance
     assert not hasattr(_Unnamed(), "mean")

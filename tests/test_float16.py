@@ -60,7 +60,7 @@ class Gradients:
 @pytest.mark.parametrize("where", ["everything", "autocast", "autocast inside"])
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("chunk", [None, 6])
-def test_an_encoder_of_its_own_learns_in_float16(name, where, chunk):
+def test_a_separate_encoder_objective_trains_in_float16(name, where, chunk):
     for seed in range(3):
         gradients = Gradients(seed)
         if where == "everything":  # compare from the same rounded numbers
@@ -94,7 +94,7 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_ones_own_likelihood_returns_is_summed_in_float32(name, dtype, masked):
+def test_a_custom_likelihood_is_summed_in_float32(name, dtype, masked):
     x = randn(B, 400, seed=1).to(dtype)
     decoder = nn.Linear(D, 400).to(DEVICE, dtype)
     q = randn(B, D, seed=2), 0.1 * randn(B, D, seed=3)
@@ -118,7 +118,7 @@ def test_what_ones_own_likelihood_returns_is_summed_in_float32(name, dtype, mask
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("encoder", [None, IWAE(4)])
 @pytest.mark.parametrize("objective", [IWAE(estimator="dreg"), IWAE(), Jackknife()], ids=repr)
-def test_every_estimator_takes_ones_own_likelihood_in_half_precision(name, dtype, encoder, objective):
+def test_every_estimator_accepts_a_custom_likelihood_in_half_precision(name, dtype, encoder, objective):
     x, decoder = randn(B, X, seed=1), nn.Linear(D, X).to(DEVICE)
     results = []
     for kind in (torch.float32, dtype):
@@ -144,7 +144,7 @@ def test_every_estimator_takes_ones_own_likelihood_in_half_precision(name, dtype
         lambda x, q, d: fastvae.bound(x, q, d, IWAE(), q_objective=IWAE(4), k=K),
     ],
 )
-def test_a_batch_norm_is_refused_where_samples_are_weighed_by_themselves(call):
+def test_batch_norm_is_refused_where_samples_are_weighted_individually(call):
     """A batch norm in training mode is refused; in eval mode, or by other estimators, it is accepted."""
     x, q = randn(B, X, seed=1), (randn(B, D, seed=2), randn(B, D, seed=3))
 

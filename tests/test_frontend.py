@@ -77,7 +77,7 @@ def test_terms_of_the_monte_carlo_elbo_are_means_over_the_draws():
 @pytest.mark.parametrize(
     "options", [{}, {"kl": "mc"}, {"kl": "mc", "k": K}, {"free_bits": 0.3}, {"k": K}], ids=str
 )
-def test_beta_weighs_every_kind_of_kl(options):
+def test_beta_scales_every_kind_of_kl(options):
     """β scales every kind of KL in value and gradient."""
     x, mu, logvar, weight = _inputs()
     mu.requires_grad_()
@@ -131,7 +131,7 @@ CLAMP = (-0.5, 0.75)
 
 
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae", "log_marginal"])
-def test_logvar_range_clamps_everything_that_the_posterior_says(objective):
+def test_logvar_range_clamps_draws_kl_and_log_ratio(objective):
     """logvar_range acts on z, the KL and the log-ratio like clamped log variances."""
     x, mu, logvar, weight = _inputs()
     assert bool((logvar < CLAMP[0]).any()) and bool((logvar > CLAMP[1]).any())
@@ -162,7 +162,7 @@ RAW = {
 
 @pytest.mark.parametrize("name", RAW)
 @pytest.mark.parametrize("learned", [False, True])
-def test_a_scale_is_what_its_log_variance_is(name, learned):
+def test_every_form_of_scale_equals_its_log_variance(name, learned):
     """Every form of scale, in q and prior, gives the bounds and gradients of its log variance."""
     x, mu, logvar, weight = _inputs()
     assert float(logvar.exp().min()) > 0.06
@@ -204,9 +204,9 @@ def test_a_scale_is_what_its_log_variance_is(name, learned):
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_a_scale_is_kept_by_examples_that_go_on_drawing(name):
+def test_unfinished_examples_keep_their_scale(name):
     n = 23
-    model, x, mu, logvar = _two_that_go_on(n)
+    model, x, mu, logvar = _two_unfinished(n)
     logvar = logvar.clamp(min=-2.5)
     floor, raw_of = RAW[name]
     form = {"scale_form": name.split()[0], "floor": floor}
@@ -237,7 +237,7 @@ def test_a_scale_is_kept_by_examples_that_go_on_drawing(name):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_a_prior_by_its_scale_in_half_precision_is_not_rounded_on_the_way():
+def test_a_half_precision_scale_of_a_prior_is_not_rounded():
     """A half-precision scale is not rounded to a half-precision log variance."""
     mu, logvar = (randn(B, D, seed=s).bfloat16() for s in (60, 61))
     p = DiagonalNormal(torch.zeros(D), torch.full((D,), 0.9).bfloat16(), scale_form="scale").to(DEVICE)
@@ -249,7 +249,7 @@ def test_a_prior_by_its_scale_in_half_precision_is_not_rounded_on_the_way():
     torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def _two_that_go_on(n):
+def _two_unfinished(n):
     """Return a model of known posterior, and a q two deviations off for two of n examples."""
     model = LinearGaussian(D, X)
     x = model.sample(n)
@@ -258,10 +258,10 @@ def _two_that_go_on(n):
     return model, x, mu, logvar
 
 
-def test_a_prior_of_its_own_for_each_row_by_its_scale_alone():
+def test_unfinished_examples_keep_their_row_of_the_prior_scale():
     """Examples that continue drawing keep their own row of the prior's scale, though its mean is shared."""
     n = 23
-    model, x, mu, logvar = _two_that_go_on(n)
+    model, x, mu, logvar = _two_unfinished(n)
     scales = torch.linspace(-0.4, 0.4, n, dtype=torch.float64, device=DEVICE)[:, None].expand(n, D)
     prior = DiagonalNormal(torch.zeros(D, dtype=torch.float64, device=DEVICE), scales.contiguous())
     options = {"likelihood": model.likelihood, "prior": prior}
@@ -278,9 +278,9 @@ def test_a_prior_of_its_own_for_each_row_by_its_scale_alone():
         torch.testing.assert_close(result.log_px[rows], expected.log_px.cpu()[rows], rtol=1e-10, atol=1e-10)
 
 
-def test_a_clamp_is_kept_by_examples_that_go_on_drawing():
+def test_unfinished_examples_keep_their_clamp():
     n = 23
-    model, x, mu, logvar = _two_that_go_on(n)
+    model, x, mu, logvar = _two_unfinished(n)
     lo, hi = float(logvar.min()) + 0.2, float(logvar.max()) - 0.2
 
     def run(q):
@@ -307,7 +307,7 @@ def test_an_empty_range_is_refused(value):
 # Likelihoods.
 
 
-def test_a_scale_must_be_of_the_event():
+def test_a_scale_must_have_the_shape_of_the_event():
     """A scale per sample, or of any other shape, is refused."""
     x, mu, logvar, weight = _inputs()
     for shape in ((K, 1, X), (X - 1,), (B + 1, X), (1, 1, 1)):
@@ -327,14 +327,14 @@ def test_a_scale_must_be_of_the_event():
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="costs a synchronisation on a GPU")
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
-def test_a_scale_that_is_no_deviation_is_refused(value):
+def test_a_scale_must_be_positive(value):
     scale = torch.ones(X)
     scale[2] = value
     with pytest.raises(ValueError, match="must be positive"):
         Gaussian(scale)
 
 
-def test_a_fixed_log_variance_is_as_exact_as_the_sums(backend):
+def test_a_fixed_log_variance_stays_float32(backend):
     """A fixed log variance stays float32 for a bfloat16 mean: log 0.01 would err by 0.004."""
     x, mean = (randn(B, X, seed=s).bfloat16() for s in (15, 16))
     got = ops.gaussian_log_prob(x, mean, math.log(0.01))
@@ -370,7 +370,7 @@ def test_means_are_in_the_space_of_the_data():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_samples_are_of_the_models_dtype(dtype):
+def test_samples_have_the_dtype_of_the_model(dtype):
     vae = _vae(latent_dim=D).to(dtype)
     assert vae.sample(6).dtype == dtype
 
@@ -396,7 +396,7 @@ def test_samples_are_draws_from_the_prior(prior):
     assert not torch.equal(vae.sample(n, mean=True, generator=generator(20)).cpu(), z)
 
 
-def test_an_and_chos_reconstruction_probability():
+def test_the_reconstruction_probability_of_an_and_cho():
     """The score equals its definition, and samples, k_chunk and generator are passed on."""
     x = rand(B, X, seed=21).round()
     vae = _vae()
@@ -412,7 +412,7 @@ def test_an_and_chos_reconstruction_probability():
         vae.reconstruction_log_prob(x, k_chunk=0)
 
 
-def test_a_vae_hands_on_its_prior_its_likelihood_and_every_option():
+def test_a_vae_passes_on_its_prior_likelihood_and_options():
     x = rand(B, X, seed=23)
     prior = DiagonalNormal(nn.Parameter(randn(D, seed=24)), nn.Parameter(randn(D, seed=25)))
     vae = _vae(prior=prior)
@@ -467,7 +467,7 @@ def test_infinite_numbers_are_refused():
 @pytest.mark.parametrize("logvar_range", [None, (-0.5, 0.5)])
 @pytest.mark.parametrize("normal", [False, True])
 @pytest.mark.parametrize("row_offset", [0, 7])
-def test_a_posterior_draws_what_its_objectives_draw(backend, logvar_range, normal, row_offset):
+def test_a_posterior_draws_the_z_of_its_objectives(backend, logvar_range, normal, row_offset):
     """A posterior's draws equal the ops' and the decoder's z, and its KL the definition's."""
 
     q = DiagonalNormal(randn(B, 4, seed=50), randn(B, 4, seed=51), logvar_range=logvar_range)

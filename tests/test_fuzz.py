@@ -13,14 +13,14 @@ COUNT = 110
 
 
 @pytest.mark.parametrize("seed", [101, 102])
-def test_random_calls_are_what_the_formulas_say(seed):
+def test_random_calls_equal_the_formulas(seed):
     """Values, gradients, shapes and dtypes equal the formulas'; a crash of the separate process fails."""
     report = run(seed, 0, COUNT)
     assert not report.failures, "\n".join(f"--seed {seed} --index {i}: {text}" for i, text in report.failures)
     assert report.counts["ok"] > COUNT // 3
 
 
-def test_a_wrong_result_is_found(monkeypatch):
+def test_a_wrong_result_is_detected(monkeypatch):
     """The fuzzer's comparison detects a value or gradient off by a few roundings more than allowed."""
     usual = next(c for c in map(lambda i: cases.draw(7, i), range(3000)) if _is_plain(c))
     assert check.outcome(usual) == ("ok", "")

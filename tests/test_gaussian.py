@@ -22,7 +22,7 @@ def test_large_inputs(backend):
     torch.testing.assert_close(out, torch.full((5, 2), expected, device=DEVICE), rtol=1e-6, atol=0)
 
 
-def test_samples_that_fill_a_tile_up_have_no_gradient(backend):
+def test_padding_samples_have_no_gradient(backend):
     """Padding samples, with mean 0 at distance 1e3 from x, add no gradient: 0 times infinity would be NaN."""
     x, mean = torch.full((5, 6), 1e3, device=DEVICE), torch.full((3, 5, 6), 1e3, device=DEVICE)
     logvar = torch.full((6,), -80.0, device=DEVICE, requires_grad=True)
@@ -66,7 +66,7 @@ def test_the_gradients_of_a_shared_log_variance_are_summed_before_they_are_round
 
 
 @pytest.mark.parametrize("shape", [(), (20,), (3, 1, 1), (1, 7, 20), (3, 7, 20)])
-def test_a_log_variance_that_asks_for_no_gradient(backend, shape):
+def test_a_fixed_log_variance_gets_no_gradient(backend, shape):
     """Only the mean's gradient is computed for a fixed log variance of any shape."""
     k, b, x = 3, 7, 20
     data, mean, grad = randn(b, x, seed=1), randn(k, b, x, seed=2).requires_grad_(), randn(k, b, seed=3)

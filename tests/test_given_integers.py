@@ -148,7 +148,7 @@ KINDS = (np.int64, np.int32, np.uint8)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_as_pythons(name):
+def test_numpy_integers_equal_python_ints(name):
     """Every NumPy integer type gives the value of Python's int."""
     call, n = CASES[name]
     torch.manual_seed(3)
@@ -160,7 +160,7 @@ def test_as_pythons(name):
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "normal seed" and not n.startswith("linear")])
 @pytest.mark.parametrize("wrong", [True, 2.0, "3", torch.tensor(3)], ids=str)
-def test_others_are_refused(name, wrong):
+def test_other_types_are_refused(name, wrong):
     """Booleans, floats, strings and tensors are refused as integers; the error shows the argument."""
     if name == "stages" and isinstance(wrong, torch.Tensor):
         call = lambda n: schedules.stages([(n, 1)])  # noqa: E731 # the returned function takes tensors

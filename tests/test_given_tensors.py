@@ -68,7 +68,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.filterwarnings("ignore")
-def test_tensors_that_are_not_dense_are_refused_by_name(layout):
+def test_tensors_that_are_not_dense_are_refused(layout):
     given = _layout(layout)
     for entry, (name, call) in ENTRIES.items():
         if (entry, layout) == ("context", "quantised"):
@@ -155,7 +155,7 @@ def test_hdf5_is_read_batch_by_batch(tmp_path):
     np.testing.assert_allclose(stored.log_px, expected.log_px, rtol=1e-6)
 
 
-def test_no_tensor_is_made_on_the_default_device():
+def test_new_tensors_ignore_the_default_device():
     """New tensors are on their inputs' device, whatever the default device."""
     vae, x = _model(), DENSE
 
@@ -206,7 +206,7 @@ class Exported(nn.Module):
     ],
     ids=["reconstruction_log_prob", "chunks", "log_marginal", "elbo", "iwae", "reconstruct"],
 )
-def test_exported_programs_take_any_batch(call):
+def test_exported_programs_accept_any_batch(call):
     module = Exported(call)
     shapes = {"x": {0: torch.export.Dim("batch", max=2**32)}}
     program = torch.export.export(module, (torch.ones(3, 6),), dynamic_shapes=shapes).module()

@@ -48,7 +48,7 @@ def test_plain(name, given):
     assert found == (on_cpu | {"on a GPU": 2}).get(name, 0)
 
 
-def test_plain_sees_what_stands_between():
+def test_plain_detects_transforms_and_modes():
     t = torch.zeros(2)
     leaked = []
 
@@ -70,7 +70,7 @@ def test_plain_sees_what_stands_between():
 
 
 @pytest.mark.skipif(CUDA, reason="native is Triton there")
-def test_the_short_way_goes_to_the_backend_in_force():
+def test_the_fast_path_uses_the_selected_backend():
     """The fast path gives the dispatcher's bits under the selected backend, not another's."""
     mu, logvar = torch.randn(2, 300, 40)
     seed = torch.tensor(5)
@@ -114,7 +114,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_not_a_batch(name):
+def test_malformed_batches_are_rejected(name):
     given = {"x": torch.zeros(b, n), "mu": torch.zeros(b, d), "logvar": torch.zeros(b, d)}
     assert _glance.are_batch(*given.values())
     assert not _glance.are_batch(*(given | WRONG[name]).values())

@@ -81,19 +81,19 @@ GROUPS = (
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_it_says_what_was_expected(tmp_path):
+def test_a_missing_device_is_explained(tmp_path):
     done = _run("--out", tmp_path / "out")
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert "no CUDA device" in done.stderr and "--dry-run" in done.stderr and "NVIDIA" in done.stderr
 
 
-def test_without_triton_it_says_what_to_install(monkeypatch, capsys, tmp_path):
+def test_a_missing_triton_is_explained(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu._backend, "has_triton", lambda: False)
     assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 2
     assert "pip install triton" in capsys.readouterr().err
 
 
-def test_what_there_is_no_time_for_is_listed(tmp_path, monkeypatch, capsys):
+def test_items_skipped_for_lack_of_time_are_listed(tmp_path, monkeypatch, capsys):
     """Skipped items are listed; the clock stands still, two seconds above the reserve, too few for any."""
 
     def in_this_process(state):
@@ -123,7 +123,7 @@ def test_a_missing_folder_and_no_time_are_refused(capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
-def test_a_plan_has_no_name_twice():
+def test_names_of_a_plan_are_unique():
     names = [item.name for item in gpu.PLAN]
     assert len(set(names)) == len(names)
     small = gpu.plan([], True)
@@ -155,7 +155,7 @@ def _rows(group, case, seconds, *, moved=0, operations=0, target=None, direction
     return [{**dict.fromkeys(report.COLUMNS, ""), **row} for row in rows]
 
 
-def test_the_tables_can_be_seen_to_the_end():
+def test_tables_fit_into_the_visible_output():
     """The tables of the whole plan, with the longest lines, fit into the visible output."""
     peers = (OURS, "eager", COMPILE, "torch.distributions", COPY)
     rows = []
@@ -244,7 +244,7 @@ def _work(run, direction="forward", graphs=(OURS,), sets=3):
     return Work("op", "1×2", direction, {OURS: run}, graphs=frozenset(graphs), sets=sets)
 
 
-def test_a_graph_is_captured_warm_and_timed_by_events():
+def test_graphs_are_captured_after_a_warm_up_and_timed_by_events():
     fake, cuda = _cuda()
 
     def run():
@@ -261,7 +261,7 @@ def test_a_graph_is_captured_warm_and_timed_by_events():
     assert fake.calls == ["record", "replay", "record", "wait"]
 
 
-def test_a_step_is_a_graph_of_its_own_and_short_calls_share_one():
+def test_a_step_has_a_graph_and_short_calls_share_one():
     _, cuda = _cuda()
     run = lambda: None  # noqa: E731
     step = cuda.prepare(_work(run, "step", sets=1), OURS, once=1e-3)
@@ -270,7 +270,7 @@ def test_a_step_is_a_graph_of_its_own_and_short_calls_share_one():
     assert cuda.prepare(_work(run, graphs=()), OURS, once=1e-3).clock == "host"
 
 
-def test_a_capture_that_fails_ends_the_process_and_the_next_does_without():
+def test_after_a_failed_capture_the_next_process_times_without_a_graph():
     def graph(graph, stream=None):
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -287,7 +287,7 @@ def test_a_capture_that_fails_ends_the_process_and_the_next_does_without():
     assert cuda.prepare(work, OURS, once=1e-3).clock == "events: nothing can be captured"
 
 
-def test_a_lost_device_is_not_a_row_of_the_table():
+def test_a_lost_device_is_raised_and_not_tabulated():
     def fail():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -299,12 +299,12 @@ def test_a_lost_device_is_not_a_row_of_the_table():
 
     with pytest.raises(device.DeviceLost, match="illegal memory access"):
         measure(_work(run), 0, cuda)
-    # Another error is.
+    # Other errors are rows.
     _, cuda = _cuda()
     assert "ZeroDivisionError" in measure(_work(lambda: 1 / 0), 0, cuda)[OURS].wrong
 
 
-def test_memory_is_what_a_run_adds_at_its_peak():
+def test_memory_is_the_peak_that_a_run_adds():
     fake, cuda = _cuda()
     assert cuda.memory(lambda: fake.calls.append("run")) == (64, 2)
     assert fake.calls == ["synchronize", "reset", "run", "synchronize"]
@@ -313,7 +313,7 @@ def test_memory_is_what_a_run_adds_at_its_peak():
 def test_sets_of_inputs_exceed_the_cache():
     _, cuda = _cuda()
     assert cuda.cache == 60 * 2**20
-    assert cuda.sets(10**12) == 2  # never the same inputs again at once
+    assert cuda.sets(10**12) == 2  # never the same inputs twice in a row
     assert 4 * cuda.cache <= 20 * 2**20 * cuda.sets(20 * 2**20) < 5 * cuda.cache
     assert cuda.sets(1) == device.MOST_SETS
 
@@ -347,7 +347,7 @@ def _measure_all(monkeypatch, tmp_path, ends):
     return gpu._measure_all(state), ends
 
 
-def test_after_a_death_another_process_goes_on(monkeypatch, tmp_path):
+def test_after_a_crash_another_process_continues(monkeypatch, tmp_path):
     (name,) = (item.name for item in gpu.plan(["log_mean_exp"], True))
     machines = {"machines": lambda state: {"float32": {}}}
     state, ends = _measure_all(
@@ -364,7 +364,7 @@ def test_after_a_death_another_process_goes_on(monkeypatch, tmp_path):
     assert state.lost == {name: "ended its process, code -11"} and state.done == [] and state.left_out == []
 
 
-def test_what_hangs_is_named_and_what_was_to_follow_is_left_out(monkeypatch, tmp_path):
+def test_after_a_timeout_the_rest_is_skipped(monkeypatch, tmp_path):
     (name,) = (item.name for item in gpu.plan(["log_mean_exp"], True))
     machines = {"machines": lambda state: {"float32": {}}}
     one, other = ({**machines, "began": lambda state, n=n: n} for n in ("one", "other"))
@@ -395,7 +395,7 @@ class Troubled(device.StandIn):
             raise device.DeviceLost("an illegal address")
 
 
-def test_a_process_that_cannot_go_on_leaves_what_it_has(tmp_path, monkeypatch, capfd):
+def test_an_aborted_process_keeps_its_results(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(gpu, "StandIn", Troubled)
     monkeypatch.setattr(gpu.signal, "alarm", lambda seconds: None)
     only = ["log_mean_exp", "gaussian_log_prob 64×196608, float32"]
@@ -420,7 +420,7 @@ def test_a_process_that_cannot_go_on_leaves_what_it_has(tmp_path, monkeypatch, c
     assert gpu._worker(state.path) == 0 and "has lost the device" in capfd.readouterr().out
 
 
-def test_the_state_is_a_file(tmp_path):
+def test_the_state_is_saved_and_loaded(tmp_path):
     state = gpu.State(str(tmp_path / "state.json"), 1.0, "out", False)
     state.save(done=["a"], failed={"b": "c"})
     assert gpu.State.load(state.path) == state
@@ -452,7 +452,7 @@ FAILED tests/test_x.py::test_b[a b] - assert 1 == 2
 """
 
 
-def test_the_outcome_of_tests_is_read():
+def test_the_output_of_pytest_is_parsed():
     outcome = device_tests.read(SPREAD, -2, 200)
     assert outcome.counts == {"passed": 1, "failed": 1, "skipped": 1} and not outcome.passed
     assert "interrupted after 200 s, 3 of 5 done" in outcome.summary()
@@ -467,7 +467,7 @@ def test_the_outcome_of_tests_is_read():
     assert "pytest returned 1" in nothing.summary()
 
 
-def test_tests_are_ended_when_their_time_is_up(tmp_path, monkeypatch):
+def test_tests_are_stopped_at_the_time_limit(tmp_path, monkeypatch):
     """A timeout ends the whole process group; the results so far are kept."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_compare.py").write_text(

@@ -43,7 +43,7 @@ def expected(first, second, weights=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_they_are_their_definition(dtype):
+def test_results_equal_the_definition(dtype):
     first, second = known(dtype=dtype)
     p, q = torch.zeros(3, dtype=dtype, device=DEVICE), torch.zeros(2, 2, dtype=dtype, device=DEVICE)
     p.requires_grad_(), q.requires_grad_()
@@ -67,8 +67,8 @@ def test_they_are_their_definition(dtype):
 
 
 @pytest.mark.parametrize("window", [None, 7, 1000])
-def test_a_monitor_forgets(window):
-    """A monitor's weights are 1/n at first, and then those of a window."""
+def test_a_monitor_averages_over_a_window(window):
+    """A monitor averages over all steps at first, and then over a window."""
     first, second = known()
     p, q = (
         torch.zeros(t.shape[1:], dtype=t.dtype, device=DEVICE, requires_grad=True) for t in (first, second)
@@ -90,7 +90,7 @@ def test_a_monitor_forgets(window):
         monitor.result()
 
 
-def test_pure_noise_is_at_the_floor():
+def test_the_ratio_of_pure_noise_is_the_floor():
     """For 400 elements of noise, snr is within 6 standard errors of the floor, the pooled square of 0."""
     n, size = 50, 400
     noise = randn(n, size, seed=3, dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_pure_noise_is_at_the_floor():
     assert abs(found.squared["p"]) < 6 * math.sqrt(2 / size) / n
 
 
-def test_what_has_no_gradient_counts_as_0():
+def test_missing_gradients_count_as_0():
     module = nn.Linear(2, 2).to(DEVICE)
     module.bias.requires_grad_(False)
     unused = torch.zeros(3, device=DEVICE, requires_grad=True)
@@ -154,7 +154,7 @@ def test_slopes_over_k(estimator, slope, evaluations):
     assert abs(slopes["decoder"] - 1) < 0.4
 
 
-def test_of_a_vae_by_its_parts():
+def test_a_vae_is_reported_by_its_parts():
     vae = fastvae.VAE(nn.Linear(7, 6), nn.Linear(3, 7), likelihood="bernoulli").to(DEVICE)
     x = torch.rand(9, 7, device=DEVICE)
     found = gradient_snr(lambda: vae.iwae(x, k=5, k_chunk=2), vae, evaluations=4)

@@ -37,7 +37,7 @@ def _training(device=DEVICE, generator=None):
     return parameters, step
 
 
-def test_on_a_cpu_a_step_runs_as_it_is():
+def test_on_a_cpu_a_step_runs_unchanged():
     x = torch.rand(B, X).round()
     results = []
     for wrap in (lambda step: step, fastvae.graphed):
@@ -59,7 +59,7 @@ def test_on_a_cpu_a_step_runs_as_it_is():
         (lambda: fastvae.graphed(torch.sin)(2.0), "argument 0 of a graphed step is float; expected a tensor"),
     ],
 )
-def test_what_does_not_fit_is_told(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
 
@@ -140,7 +140,7 @@ def test_a_step_may_return_a_record(monkeypatch):
 
 
 @pytest.mark.skipif(CUDA, reason="stands in for a card")
-def test_a_step_that_cannot_be_captured_says_what_to_look_for(monkeypatch):
+def test_a_failed_capture_is_explained(monkeypatch):
     cuda = Cuda(monkeypatch)
 
     def step(x):

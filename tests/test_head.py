@@ -245,7 +245,7 @@ def test_many_blocks(samples, batch, size, inner, reduction):
         assert torch.allclose(got, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
 
 
-def test_more_outputs_than_a_product_takes_at_once():
+def test_more_outputs_than_a_block_of_a_product():
     """Single precision: gradients of 1100 outputs are those of float64 to its roundings."""
     found = {}
     for dtype in (torch.float32, torch.float64):
@@ -258,7 +258,7 @@ def test_more_outputs_than_a_product_takes_at_once():
 
 
 @pytest.mark.skipif(CUDA, reason="blocks of the C++")
-def test_what_is_too_large_to_be_kept_is_made_again():
+def test_outputs_too_large_to_keep_are_recomputed():
     """Outputs of 72 MB per row are recomputed instead of kept between the two passes over them."""
     samples, batch, size = 9000, 8, 2000
     x = registered.data("bernoulli", batch, size, seed=1)
@@ -303,7 +303,7 @@ def test_sums_over_rows_in_float32():
 
 
 @pytest.mark.skipif(CUDA, reason="threads of a CPU")
-def test_the_same_bits_with_any_number_of_threads():
+def test_bits_do_not_depend_on_the_number_of_threads():
     x, h, weight, bias = wide_case(40, 101, 130, 21, dtype=torch.float32)
     found = []
     threads = torch.get_num_threads()
@@ -350,7 +350,7 @@ def test_transforms_and_compilers(backend):
 
 
 @pytest.mark.parametrize(("samples", "batch", "inner"), [(0, 3, 4), (4, 3, 0)])
-def test_nothing_to_multiply(backend, samples, batch, inner):
+def test_empty(backend, samples, batch, inner):
     x, h = torch.ones(batch, X, device=DEVICE), torch.zeros(samples * batch, inner, device=DEVICE)
     weight, bias = torch.zeros(X, inner, device=DEVICE), torch.zeros(X, device=DEVICE)
     rows = head.linear_rows("bernoulli", x, Layers(h, weight, bias, None, None))
@@ -358,7 +358,7 @@ def test_nothing_to_multiply(backend, samples, batch, inner):
     assert torch.allclose(rows, torch.full_like(rows, X * math.log(0.5)))
 
 
-def test_nan_comes_out(backend):
+def test_nan_stays_in_its_row(backend):
     x, h, weight, bias = (t.detach() for t in wide_case(K, 9, X, H, dtype=torch.float32))
     h[4] = math.nan
     rows = head.linear_rows("bernoulli", x, Layers(h, weight, bias, None, None))
@@ -497,7 +497,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", DECODERS)
-def test_fused_head(always, calls, call, name):
+def test_fused_heads_give_the_numbers_of_plain_layers(always, calls, call, name):
     """Every objective gives the numbers of the layers' outputs, for every way of splitting them."""
     make, likelihood = DECODERS[name]
     decoder, (objective, options) = make(), CALLS[call]
@@ -508,7 +508,7 @@ def test_fused_head(always, calls, call, name):
     assert calls
 
 
-def test_what_does_not_fit_is_computed(always, calls):
+def test_unsupported_cases_fall_back_to_plain_layers(always, calls):
     """Masks, size factors, unsupported likelihoods and transformed outputs fall back to the plain layer."""
     one, two, classes = fused_head(X), fused_head(2 * X), fused_head(3 * X, event=(3, *EVENT))
 
@@ -598,7 +598,7 @@ def test_parts_of_a_joint(always, calls):
     assert_same(*results)
 
 
-def test_it_is_a_module_like_any_other():
+def test_a_fused_head_is_an_ordinary_module():
     fused = fused_head(X, X)
     assert list(fused.state_dict())[-4:] == [f"layers.{i}.{n}" for i in (0, 1) for n in ("weight", "bias")]
     assert all(name.startswith(("body.", "layers.")) for name in fused.state_dict())
@@ -634,7 +634,7 @@ def test_torch_func_and_inference_mode(always, calls):
 
 
 @pytest.mark.parametrize("event", [None, EVENT])
-def test_likelihoods_take_the_record(event):
+def test_likelihoods_accept_a_last_layer(event):
     """Likelihoods accept the record directly: log p, means and samples; without x the event is flat."""
     for name, features in (("bernoulli", (X,)), ("gaussian", (X, X)), ("gaussian", (2 * X,))):
         if len(features) == 1 and name == "gaussian" and event is None:
@@ -652,7 +652,7 @@ def test_likelihoods_take_the_record(event):
         assert torch.allclose(*[d.flatten() for d in drawn], atol=1e-5)
 
 
-def test_what_is_no_fused_head_says_why():
+def test_invalid_fused_heads_are_explained():
     layer, z = nn.Linear(H, X), torch.zeros(5, D)
     wrong = [
         ((lambda z: z, layer), {}, TypeError, "body must be an nn.Module z .* got function"),
@@ -701,7 +701,7 @@ HOOKED = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", HOOKED)
-def test_what_would_not_run_is_refused(name):
+def test_hooks_that_would_not_run_are_refused(name):
     fused = fused_head(X)
     HOOKED[name](fused.layers[0])
     with pytest.raises(TypeError, match=r"layer 0 of FusedHead has .* but it is not called; use"):
@@ -720,7 +720,7 @@ def test_parametrised_layers(always, calls):
     assert calls
 
 
-def test_the_layer_is_what_it_was_where_it_was_called(always):
+def test_the_layer_keeps_the_state_of_its_call(always):
     """The fused layer has the state of its call: autocast, no_grad, or a weight swapped later."""
 
     class Inside(nn.Module):
@@ -753,7 +753,7 @@ def test_the_layer_is_what_it_was_where_it_was_called(always):
 
 
 @pytest.mark.parametrize("what", ["input", "weight", "bias"])
-def test_what_is_changed_in_place_is_refused(always, what):
+def test_changes_in_place_are_refused(always, what):
     """In-place changes are refused between decoder and objective, and between forward and backward."""
     fused = fused_head(X)
     layer = fused.layers[0]
@@ -784,7 +784,7 @@ def test_what_is_changed_in_place_is_refused(always, what):
                 bound.backward()
 
 
-def test_storage_that_was_freed_is_refused(always):
+def test_freed_storage_is_refused(always):
     fused = fused_head(X)
 
     class Sharded(nn.Module):
@@ -818,7 +818,7 @@ def test_hooks_run_under_a_compiler(always, make):
     assert_same(bounds[1:], [bounds[0]] * 2)
 
 
-def test_a_vae_fuses_by_itself(always, calls):
+def test_a_vae_fuses_automatically(always, calls):
     encoder, decoder = nn.Linear(X, 2 * D), sequential()
     vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli")
     forbidden = fastvae.VAE(encoder, decoder, likelihood="bernoulli", fuse=False)
@@ -859,7 +859,7 @@ def test_a_vae_fuses_by_itself(always, calls):
 
 
 @pytest.mark.parametrize("tiles", [True, False])
-def test_it_fuses_where_that_pays(tiles, monkeypatch):
+def test_layers_are_fused_only_where_it_is_faster(tiles, monkeypatch):
     monkeypatch.setattr(head, "HAS_TILES", tiles)
     h = torch.empty(1, 200)
     assert head.pays(3200, 784, h) and not head.pays(128, 784, h) and not head.pays(200, 20_000, h)
@@ -955,7 +955,7 @@ def test_all_pairs(backend, name):
         assert bool(((g - e).abs() <= 1e-4 * (1 + e.abs()) + 1e-5 * e.abs().max()).all())
 
 
-def test_all_pairs_by_tiles(monkeypatch):
+def test_all_pairs_in_tiles(monkeypatch):
     """Tiling of latents and of examples does not change the result."""
     x, location = torch.randn(7, X), torch.randn(11, X, requires_grad=True)
     whole = ops.all_pairs_log_prob(x, (location, torch.zeros(X)), likelihood="laplace")
@@ -989,7 +989,7 @@ def test_all_pairs_of_a_decoder_that_fits_well():
 
 
 @pytest.mark.skipif(CUDA, reason="there parameters are not looked at")
-def test_all_pairs_of_what_is_certain():
+def test_all_pairs_of_infinite_logits():
     x, logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[-math.inf, math.inf]])
     assert ops.all_pairs_log_prob(x, logits).tolist() == [[0.0, -math.inf]]
 
@@ -1035,7 +1035,7 @@ def test_all_pairs_checks():
     assert ops.all_pairs_log_prob(x[:0], logits).shape == (6, 0)
 
 
-def test_log_px_by_the_prior():
+def test_log_px_by_draws_of_the_prior():
     """In two dimensions, draws from the prior give the exact log p(x) of a linear-Gaussian model."""
     from .models import LinearGaussian
 
@@ -1048,7 +1048,7 @@ def test_log_px_by_the_prior():
 
 
 @pytest.mark.skipif(CUDA, reason="compiled elsewhere, as by the tests of launches")
-def test_products_on_matrix_units():
+def test_products_run_on_matrix_units():
     """Half precision and TF32 compile to matrix instructions; IEEE float32 does not."""
     code = """
 import re, torch

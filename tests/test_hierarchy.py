@@ -111,7 +111,7 @@ class TwoLevels:
 
 
 @pytest.mark.parametrize("merge", MERGES)
-def test_an_exact_posterior_weighs_every_draw_alike(backend, merge):
+def test_an_exact_posterior_gives_equal_weights(backend, merge):
     model = TwoLevels()
     x = model.sample()
     hierarchy = model.hierarchy(merge)
@@ -150,7 +150,7 @@ def test_the_analytic_kl_is_the_mean_of_the_log_ratio(merge):
 
 
 @pytest.mark.parametrize("merge", MERGES)
-def test_sticking_the_landing_lands(merge):
+def test_stl_gradients_vanish_at_the_exact_posterior(merge):
     """At the exact posterior, STL's gradient of q's parameters is 0 per sample; the plain one's is not."""
     model = TwoLevels()
     x = model.sample()
@@ -250,7 +250,7 @@ def data(batch=B):
 @pytest.mark.parametrize("deterministic", [False, True], ids=["side by side", "top_down"])
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae"])
-def test_values_and_gradients_are_those_written_out(backend, objective, merge, deterministic):
+def test_values_and_gradients_equal_the_formulas(backend, objective, merge, deterministic):
     model = Networks(merge, deterministic=deterministic)
     x = data()
     options = {"likelihood": LIKELIHOOD, "generator": generator(2), "reduction": "none"}
@@ -275,7 +275,7 @@ def test_values_and_gradients_are_those_written_out(backend, objective, merge, d
 
 
 @pytest.mark.parametrize("merge", MERGES)
-def test_densities_are_those_of_the_draws(merge):
+def test_log_prob_equals_the_density_of_the_draws(merge):
     model = Networks(merge)
     q, p = model(data()), model.hierarchy
     z, log_q = q.rsample_log_prob(K, seed_of(3), sample_offset=2, row_offset=1)
@@ -298,7 +298,7 @@ def test_densities_are_those_of_the_draws(merge):
 
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
 @pytest.mark.parametrize("merge", MERGES)
-def test_estimators_keep_the_value_and_are_right_in_expectation(merge, estimator):
+def test_estimators_keep_the_value_and_are_unbiased(merge, estimator):
     """Each parameter's mean gradient over many draws is IWAE's, also if shared by p and q."""
     model = Networks(merge)
     k, rows, parts = 1 if estimator == "stl" else 3, 100, 20
@@ -328,7 +328,7 @@ def test_estimators_keep_the_value_and_are_right_in_expectation(merge, estimator
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
-def test_chunks_are_the_whole(estimator):
+def test_chunks_equal_the_whole(estimator):
     model = Networks("residual")
     x = data()
     results = []
@@ -344,7 +344,7 @@ def test_chunks_are_the_whole(estimator):
 
 
 @pytest.mark.parametrize("objective", ["elbo", "elbo mc", "iwae", "log_marginal"])
-def test_shards_are_the_whole(objective):
+def test_shards_equal_the_whole(objective):
     model = Networks("precision")
     x = data(9)
 
@@ -365,7 +365,7 @@ def test_shards_are_the_whole(objective):
     assert float((run(slice(4, 9)) - whole[4:]).detach().abs().max()) > 1e-3
 
 
-def test_rows_are_those_of_the_posterior():
+def test_rows_of_a_posterior():
     q = Networks(None)(data())
     part = q.rows(1, 4)
     assert part.batch == 3
@@ -414,7 +414,7 @@ def test_an_exact_model_is_evaluated_exactly():
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("learned", [False, True], ids=["N(0, I)", "learned"])
-def test_one_level_is_an_ordinary_posterior(backend, dtype, learned):
+def test_a_single_level_equals_an_ordinary_posterior(backend, dtype, learned):
     """A single level equals an ordinary posterior bit for bit."""
     mu, logvar = (randn(B, D1, seed=s, dtype=dtype).requires_grad_() for s in (1, 2))
     prior = None
@@ -440,7 +440,7 @@ def test_one_level_is_an_ordinary_posterior(backend, dtype, learned):
         assert torch.equal(a, b)
 
 
-def test_free_bits_are_of_each_dimension():
+def test_free_bits_apply_to_each_dimension():
     model = Networks("residual")
     x = data()
     options = {"likelihood": LIKELIHOOD, "k": K}
@@ -457,7 +457,7 @@ def test_free_bits_are_of_each_dimension():
 
 
 @pytest.mark.parametrize("merge", ["residual", "precision"])
-def test_a_posterior_near_the_prior_has_an_exact_kl(merge):
+def test_kl_is_accurate_near_the_prior(merge):
     """The KL is accurate in float32 for means of 1e3 that differ by 1e-4 deviations, variances by 1e-4."""
     mean, logvar = torch.full((1, D2), 1e3, device=DEVICE), torch.full((1, D2), -3.0, device=DEVICE)
     small = 1e-4
@@ -526,7 +526,7 @@ def test_shapes_of_latents():
         Hierarchy([Level((3, 2, 2), up), Level((1, 4, 4), up, prior=up), Level(2, up)])
 
 
-def test_networks_run_once_for_a_draw():
+def test_networks_run_once_per_draw():
     """Networks run once per draw, and a posterior of features alone once for all samples."""
     calls = []
 
@@ -602,7 +602,7 @@ def test_in_a_vae():
         fastvae.VAE(nn.ModuleList([model.hierarchy, copied.prior]), model.decoder)
 
 
-def test_an_ordinary_prior_and_an_ordinary_posterior_go_with_them():
+def test_ordinary_priors_and_posteriors_combine_with_hierarchies():
     model = Networks(None)
     x = data()
     options = {"likelihood": LIKELIHOOD, "generator": generator(1), "k": K}
@@ -648,7 +648,7 @@ def test_half_precision():
     assert vae.reconstruct(data().bfloat16()).dtype == torch.bfloat16
 
 
-def test_parameters_in_a_closure_cannot_be_held():
+def test_parameters_in_a_closure_cannot_be_frozen():
     net = nn.Linear(D1, 2 * D2).to(DEVICE)
     hierarchy = Hierarchy([
         Level(D1, lambda h: h[:, : 2 * D1]), Level(D2, lambda h, z: net(z), prior=lambda z: net(z)),
@@ -740,7 +740,7 @@ def run(hierarchy):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_said(name):
+def test_mistakes(name):
     function, kind, message = MISTAKES[name]
     with pytest.raises(kind, match=message):
         function()

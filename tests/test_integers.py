@@ -91,7 +91,7 @@ def _gave(q, x, decoder, layer, likelihood, mask, objective):
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_every_dtype_gives_what_int64_gives(backend, name, masked):
+def test_every_dtype_equals_int64(backend, name, masked):
     likelihood = LIKELIHOODS[name]()
     part, x, encoder, decoder, layer, mask = _problem(name, likelihood, masked)
     q = encoder(x.float())
@@ -127,7 +127,7 @@ def test_the_largest_values_of_a_dtype(backend, name, masked):
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_networks_get_numbers_of_their_own_dtype(name, dtype):
+def test_networks_get_their_own_dtype(name, dtype):
     likelihood = LIKELIHOODS[name]()
     part, x, encoder, decoder, layer, mask = _problem(name, likelihood, masked=False)
     seen = []
@@ -175,7 +175,7 @@ def test_log_prob_of_classes_in_any_dtype(dtype):
         assert torch.equal(likelihood.log_prob(x.to(dtype), logits), likelihood.log_prob(x, logits))
 
 
-def test_a_value_inside_that_integers_do_not_have():
+def test_integers_are_widened_to_represent_the_value_of_masked_elements():
     class Half(Likelihood):
         takes_integers = True
 

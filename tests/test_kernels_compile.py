@@ -201,7 +201,7 @@ def test_planted_scalar_loads_of_50_columns_are_flagged(planted):
             assert r.widths == {"p_x": 4, "p_y": 8} and r.narrow == ["p_x"]
 
 
-def test_nothing_spills(reports):
+def test_no_kernel_spills(reports):
     assert not spilling(reports)
 
 
@@ -222,7 +222,7 @@ def test_every_kernel_is_compiled_for_every_target(reports):
         assert names <= {r.kernel for r in reports if r.target == target}
 
 
-def test_registers_leave_room(reports):
+def test_registers_allow_a_quarter_of_the_threads(reports):
     """Registers suffice for a quarter of a multiprocessor's threads."""
     for r in reports:
         # A product keeps tiles in registers and uses all of them.
@@ -230,7 +230,7 @@ def test_registers_leave_room(reports):
         assert r.occupancy >= least or "float64" in r.launch, r
 
 
-def test_draws_of_full_covariance_are_no_products_of_tf32():
+def test_draws_of_full_covariance_do_not_use_tf32():
     """No product uses TF32, as Triton 3.7 would for some on sm_100 in spite of "ieee"."""
     script = """
 import torch
@@ -249,7 +249,7 @@ for label, call in kernels.full_launches((torch.float32, torch.bfloat16)):
     assert len(lines) > 50 and not [line for line in lines if line.startswith("True")]
 
 
-def test_shared_memory_is_there(reports):
+def test_shared_memory_suffices(reports):
     assert not [r for r in reports if r.shared > kernels.SHARED[r.target]]
 
 

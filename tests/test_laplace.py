@@ -48,7 +48,7 @@ def check(found, columns, value, *slopes):
         (2.0, 1.0, -80.0, -math.exp(80), math.exp(80), math.exp(80)),
     ],
 )
-def test_laplace_at_its_ends(backend, columns, x, location, log_scale, value, to_location, to_scale):
+def test_laplace_at_extreme_arguments(backend, columns, x, location, log_scale, value, to_location, to_scale):
     found = run("laplace", columns, x, location, log_scale)
     check(found, columns, value, -to_location, to_location, to_scale)
 
@@ -66,7 +66,9 @@ def test_laplace_at_its_ends(backend, columns, x, location, log_scale, value, to
         (2.0, 1.0, -80.0, -math.exp(80), math.exp(80), math.exp(80)),
     ],
 )
-def test_logistic_at_its_ends(backend, columns, x, location, log_scale, value, to_location, to_scale):
+def test_logistic_at_extreme_arguments(
+    backend, columns, x, location, log_scale, value, to_location, to_scale
+):
     found = run("logistic", columns, x, location, log_scale)
     check(found, columns, value, -to_location, to_location, to_scale)
 

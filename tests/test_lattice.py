@@ -45,7 +45,7 @@ def test_exact_models(dim, points, features):
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
-def test_the_error_shows_where_the_posterior_is_too_narrow(dim):
+def test_the_error_estimate_shows_a_lattice_that_is_too_coarse(dim):
     """Error estimates are valid from far too coarse to fine lattices.
 
     An estimate below 0.1 nats exceeds the true error, and a true error of a tenth of a nat is reported.
@@ -64,7 +64,7 @@ def test_the_error_shows_where_the_posterior_is_too_narrow(dim):
     assert seen > 20
 
 
-def test_a_narrow_ridge_at_an_angle_is_seen():
+def test_a_narrow_diagonal_ridge_is_detected():
     """A narrow ridge along a diagonal, invisible along any single axis, shows on every third point."""
     decoder, x = lambda z: z[:, :1] - z[:, 1:], torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
     for scale in (0.02, 0.1, 0.3, 1.0):
@@ -78,7 +78,7 @@ def test_a_narrow_ridge_at_an_angle_is_seen():
             assert float(result.error) > 0.1 or off < 1e-3
 
 
-def test_mass_beyond_the_ends_is_seen():
+def test_mass_beyond_the_ends_is_detected():
     model = LinearGaussian(2, X)
     x = model.sample(N)
     exact = model.log_px(x).cpu()
@@ -142,7 +142,7 @@ def test_priors():
     torch.testing.assert_close(result.log_px, exact, rtol=0, atol=1e-9)
 
 
-def test_data_as_evaluate_takes_them_and_in_any_blocks(monkeypatch):
+def test_forms_of_data_and_sizes_of_blocks(monkeypatch):
     model = LinearGaussian(2, X)
     x = model.sample(N)
     whole = _of(model, x, points=33)
@@ -158,7 +158,7 @@ def test_data_as_evaluate_takes_them_and_in_any_blocks(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-def test_points_are_decoded_once_and_pairs_are_never_all_there(monkeypatch):
+def test_points_are_decoded_once_and_pairs_computed_in_blocks(monkeypatch):
     model, decoded, pairs = LinearGaussian(2, X), [], []
     all_pairs = fastvae.ops.all_pairs_log_prob
 
@@ -194,7 +194,7 @@ def test_float32_and_integers():
     assert all(p.grad is None for p in linear.parameters())
 
 
-def test_modules_are_in_eval_mode_and_back():
+def test_modules_run_in_eval_mode_and_are_restored():
     decoder = nn.Sequential(nn.Linear(1, X), nn.Dropout(0.5)).to(DEVICE)
     x = rand(N, X, seed=1)
     options = {"points": 33, "likelihood": "bernoulli"}
@@ -207,7 +207,7 @@ def test_modules_are_in_eval_mode_and_back():
     assert torch.equal(named.log_px, one.log_px) and decoder.training
 
 
-def test_what_is_not_a_number_or_impossible():
+def test_nan_and_impossible_examples():
     model = LinearGaussian(1, X)
     x = model.sample(3)
     x[1] = math.nan

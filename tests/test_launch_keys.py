@@ -54,7 +54,7 @@ def run(monkeypatch):
     return call
 
 
-def test_a_program_belongs_to_the_alignment_of_its_addresses(run):
+def test_programs_depend_on_the_alignment_of_addresses(run):
     x = torch.zeros(16)
     assert run(x[:8]) == run(x[4:12]) == 1
     assert run(x[2:10]) == 2
@@ -64,7 +64,7 @@ def test_a_program_belongs_to_the_alignment_of_its_addresses(run):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("columns", [2, 8, 10, 20, 50, 51, 64, 100])
-def test_rows_begin_where_they_are_said_to(columns, dtype):
+def test_alignment_of_rows(columns, dtype):
     whole = torch.zeros(6, 2 * columns, dtype=dtype)
     parts = [
         *whole.chunk(2, dim=1),
@@ -78,7 +78,7 @@ def test_rows_begin_where_they_are_said_to(columns, dtype):
         assert common.row_alignment(t) == expected
 
 
-def test_a_program_belongs_to_shapes_and_strides(run):
+def test_programs_depend_on_shapes_and_strides(run):
     x = torch.zeros(64)
     assert run(x[:8]) == run(x[8:16]) == 1
     assert run(x[:9]) == 2
@@ -87,7 +87,7 @@ def test_a_program_belongs_to_shapes_and_strides(run):
     assert run(x[:8]) == 1
 
 
-def test_a_program_belongs_to_the_width_of_its_numbers(run):
+def test_programs_depend_on_the_width_of_offsets(run):
     """Offsets above and below 2^31 need programs with int64 and int32; within each they share one."""
     x = torch.zeros(8)
     assert run(x, offset=0) == run(x, offset=2**31 - 1) == 1
@@ -95,7 +95,7 @@ def test_a_program_belongs_to_the_width_of_its_numbers(run):
     assert run(x, offset=5) == 1
 
 
-def test_a_program_belongs_to_its_dtypes_and_constants(run):
+def test_programs_depend_on_dtypes_and_constants(run):
     x = torch.zeros(8)
     assert run(x) == 1
     assert run(x.bfloat16()) == 2
@@ -107,13 +107,13 @@ def test_a_program_belongs_to_its_dtypes_and_constants(run):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device")
-def test_a_program_belongs_to_its_device(run):
+def test_programs_depend_on_the_device(run):
     assert run(torch.zeros(8)) == 1
     assert run(torch.zeros(8, device="cuda")) == 2
     assert run(torch.zeros(8)) == 1
 
 
-def test_described_says_the_same_in_both_languages():
+def test_described_agrees_in_cpp_and_python():
     x = torch.zeros(48)
     tensors = [x[:8], x[4:12], x[1:9], x[:9], x[:16:2], x[:8].view(2, 4), x[:8].double(), None]
     tensors += [x[:0], torch.tensor(3), x[:6].view(1, 2, 3), x[:6].view(1, 3, 2).mT]
@@ -127,7 +127,7 @@ def test_described_says_the_same_in_both_languages():
                 assert one[0] == (None if a is None else a.data_ptr())
 
 
-def test_numbers_are_fixed_for_a_few_shapes_only(monkeypatch):
+def test_programs_are_specialised_for_a_few_shapes_only(monkeypatch):
     """A new batch compiles nothing; nor do new shapes of data, after the first few."""
     monkeypatch.setattr(launching, "_known", {})
     monkeypatch.setattr(launching, "INTERPRETED", types.SimpleNamespace(value=False))

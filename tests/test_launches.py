@@ -72,7 +72,7 @@ with fastvae.use_backend("triton"):
         again = launched(call)
         assert first and [described(a) for a in first] == [described(a) for a in again], name
         assert before == len(first) == known(), (name, before, len(first))
-        # What is remembered is what Triton would find by itself.
+        # The cached arguments equal those that Triton computes.
         launching.clear_caches()
         assert [(a[4], a[5]) for a in launched(call)] == [(a[4], a[5]) for a in again], name
     # Another offset is another number, not another program.
@@ -80,7 +80,7 @@ with fastvae.use_backend("triton"):
     near, far = launched(calls["rsample_kl"]), launched(lambda: calls["rsample_kl"](7))
     assert known() == 2
     assert described(near[0])[1][7] == "0" and described(far[0])[1][7] == "7", described(far[0])
-    # One beyond 2^31 has another type, and gets a program of its own.
+    # An offset beyond 2^31 has another type, and needs another program.
     launched(lambda: calls["rsample_kl"](2**31))
     assert known() == 4
     launched(lambda: calls["rsample_kl"](0, 2**31))
@@ -191,7 +191,7 @@ print("fine")
 """
 )
 
-# Kernels of the bit-manipulating functions only, so that a debug program's assertions come from these.
+# Kernels of the bit-manipulating functions only, so that any assertion of a debug program is theirs.
 OVERFLOWS = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -236,7 +236,7 @@ print("fine")
 
 
 @pytest.mark.parametrize("name", ["SCRIPT", "ALIGNMENT", "WATCHED", "OVERFLOWS"])
-def test_launches(name, tmp_path):
+def test_programs_are_cached_by_alignment(name, tmp_path):
     """Programs are cached by the alignment of each pointer, but not while Triton is in debug mode.
 
     Its overflow checks accept the operations that may wrap.
@@ -251,7 +251,7 @@ def test_launches(name, tmp_path):
     assert run.stdout.strip() == "fine", run.stderr[-4000:]
 
 
-def test_another_device_is_made_current(monkeypatch):
+def test_the_device_of_the_tensors_becomes_current(monkeypatch):
     """Triton launches on the current device, so the tensors' device is made current."""
     from fastvae.core import backend as _backend
 
@@ -279,7 +279,7 @@ def test_another_device_is_made_current(monkeypatch):
     "capability, hip, backend",
     [((7, 5), None, "reference"), ((8, 0), None, "triton"), ((9, 4), "6.2", "triton")],
 )
-def test_architectures(monkeypatch, capability, hip, backend):
+def test_unsupported_architectures_use_plain_pytorch(monkeypatch, capability, hip, backend):
     """Architectures that Triton does not support use plain PyTorch, with one warning."""
     from fastvae.core import backend as _backend
 
@@ -304,7 +304,7 @@ def test_architectures(monkeypatch, capability, hip, backend):
         _backend._native_on_gpu.cache_clear()
 
 
-def test_without_triton(monkeypatch):
+def test_a_missing_triton_is_an_error(monkeypatch):
     from fastvae.core import backend as _backend
 
     monkeypatch.setattr(_backend, "has_triton", lambda: False)

@@ -39,7 +39,7 @@ def _check(case):
 
 
 @each
-def test_every_layer_has_it(likelihood):
+def test_every_layer_implements_the_likelihood(likelihood):
     """A declared likelihood has its C++ and Triton twins, and the test data of its declaration."""
     assert likelihood in _backend.extension().likelihoods, "no csrc/likelihoods file, or not built since"
     if importlib.util.find_spec("triton"):
@@ -62,7 +62,7 @@ def test_rows_longer_than_a_tile(backend, likelihood, shape):
 
 
 @each
-def test_many_rows_of_a_shared_row(backend, likelihood):
+def test_gradients_of_a_row_shared_by_many(backend, likelihood):
     """Gradients of a shared row are correct for more rows than partial sums."""
     _check(cases.case(likelihood, 3, 150, 6, (6,)))
 
@@ -113,7 +113,7 @@ def test_parameters_in_half_precision_that_broadcast(backend, likelihood, dtype,
 
 
 @each
-def test_parameters_of_one_sample_have_no_axis_of_samples(backend, likelihood):
+def test_parameters_of_one_sample_need_no_sample_axis(backend, likelihood):
     x, given = cases.data(likelihood, 4, 7), cases.parameters(likelihood, 3, 4, 7)
     every = _op(likelihood)(x, *given)
     for k in range(3):
@@ -138,7 +138,7 @@ def test_one_wide_tensor_widens_the_result(backend, likelihood):
 @pytest.mark.parametrize("likelihood", INTEGER)
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("k, b, size", [(3, 4, 7), (2, 3, 300)])
-def test_integers_are_read_as_they_are(backend, likelihood, dtype, k, b, size):
+def test_integers_equal_floats(backend, likelihood, dtype, k, b, size):
     x = cases.data(likelihood, b, size, dtype=dtype)
     given = [p.requires_grad_() for p in cases.parameters(likelihood, k, b, size)]
     found, expected = _op(likelihood)(x, *given), _op(likelihood)(x.float(), *given)
@@ -163,7 +163,7 @@ class Decoder(torch.nn.Linear):
 
 @pytest.mark.parametrize("likelihood", INTEGER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_networks_see_integers_as_numbers(likelihood, dtype):
+def test_networks_get_floats_and_the_likelihood_integers(likelihood, dtype):
     """Networks get floats; the likelihood gets the integers, which the model's dtype may not represent."""
     torch.manual_seed(0)
     encoder, decoder = torch.nn.Linear(7, 2 * 3), Decoder(likelihood, 3, 7)
@@ -211,7 +211,7 @@ def test_data_outside_of_the_support(backend, monkeypatch, likelihood, columns, 
 
 
 @pytest.mark.parametrize("likelihood", [n for n in LIKELIHOODS if not DECLARED[n].differentiable])
-def test_data_without_a_gradient(likelihood):
+def test_data_that_require_a_gradient_are_refused(likelihood):
     x = cases.data(likelihood, 4, 3).requires_grad_()
     with pytest.raises(ValueError, match=r"x requires a gradient.*x.detach\(\)"):
         _op(likelihood)(x, *cases.parameters(likelihood, 2, 4, 3))
@@ -276,7 +276,7 @@ def test_means(likelihood):
 
 @pytest.mark.parametrize("likelihood", INTEGER)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_a_negative_integer_is_no_count(backend, monkeypatch, likelihood, dtype):
+def test_negative_counts_are_refused(backend, monkeypatch, likelihood, dtype):
     monkeypatch.setenv("FASTVAE_CHECK", "1")
     x = cases.data(likelihood, 4, 6, dtype=dtype)
     x[2, 3] = -1
@@ -313,7 +313,7 @@ def test_means_have_finite_gradients(likelihood):
                 assert bool(found.all()), (trial, scale)
 
 
-def test_the_mean_of_a_continuous_bernoulli_rises_by_a_twelfth_at_0():
+def test_the_slope_of_a_continuous_bernoulli_mean_is_accurate():
     logits = torch.tensor([0.0, 1e-6, -1e-6, 0.999, 1.001, -30.0, 200.0], requires_grad=True)
     (found,) = torch.autograd.grad(ContinuousBernoulli().mean(logits).sum(), logits)
     assert float(found[0]) == pytest.approx(1 / 12, rel=1e-6)

@@ -33,7 +33,7 @@ def test_zeros_and_infinities_have_no_density(backend, columns):
         assert bool(out[:, 0].isfinite().all()) and bool((out[:, 1] == -math.inf).all())
 
 
-def test_a_row_without_weight_has_no_gradient(backend):
+def test_a_row_of_zero_weight_has_no_gradient(backend):
     """A row with a zero has bound -inf and no gradient, and does not affect the others' gradients."""
     x = torch.rand(3, 5, device=DEVICE) + 0.5
     x[1, 2] = 0

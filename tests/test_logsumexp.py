@@ -50,7 +50,7 @@ def test_log_mean_exp(backend, case):
 
 
 @pytest.mark.parametrize("k", [1, 5, 17, 40])
-def test_the_gradient_is_the_normalised_weights(backend, k):
+def test_the_gradient_equals_the_normalised_weights(backend, k):
     log_w = (3 * torch.randn(k, 6, device=DEVICE) - 1000).requires_grad_()
     ops.log_mean_exp(log_w).sum().backward()
     torch.testing.assert_close(log_w.grad.sum(0), torch.ones(6, device=DEVICE), rtol=1e-6, atol=0)
@@ -87,7 +87,7 @@ def test_any_axis(backend, dim):
     torch.testing.assert_close(actual, wanted)
 
 
-def test_equal_weights_give_themselves(backend):
+def test_equal_weights_are_exact(backend):
     """Equal weights far from zero give themselves: exp would underflow, log K must not cost digits."""
     log_w = torch.full((7, 3), -1234.5, device=DEVICE)
     torch.testing.assert_close(ops.log_mean_exp(log_w), log_w[0], rtol=1e-7, atol=0)
@@ -118,7 +118,7 @@ def test_some_minus_infinity(backend, position):
 
 @pytest.mark.parametrize("position", [0, 1, 18])
 @pytest.mark.parametrize("others", [0.0, -math.inf])
-def test_nan_gives_nan_in_its_column(backend, position, others):
+def test_nan_stays_in_its_column(backend, position, others):
     log_w = torch.full((19, 3), others, device=DEVICE)
     log_w[position, 1] = math.nan
     out = ops.log_mean_exp(log_w)

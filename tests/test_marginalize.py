@@ -67,7 +67,7 @@ def exact():
 
 
 @pytest.mark.parametrize("class_chunk", [None, 1, 3])
-def test_without_a_classifier_it_is_log_px(backend, exact, class_chunk):
+def test_without_a_classifier_the_bound_is_log_px(backend, exact, class_chunk):
     clusters, x, joint, tolerance = exact
     assert tolerance < 1e-10
     got = fastvae.marginalize(
@@ -76,11 +76,11 @@ def test_without_a_classifier_it_is_log_px(backend, exact, class_chunk):
     torch.testing.assert_close(got.bound, torch.logsumexp(joint, 1), rtol=0, atol=tolerance)
     responsibilities = torch.log_softmax(joint, 1)
     torch.testing.assert_close(got.log_responsibilities, responsibilities, rtol=0, atol=2 * tolerance)
-    # No class dominates everywhere, or the sum would be untested.
+    # No class dominates everywhere; otherwise the sum would be untested.
     assert float(responsibilities.exp().amax(1).min()) < 0.99
 
 
-def test_with_the_exact_classifier_it_is_log_px_and_else_lower_by_the_kl(backend, exact):
+def test_the_bound_is_below_log_px_by_the_kl_of_the_classifier(backend, exact):
     clusters, x, joint, tolerance = exact
     log_posterior = torch.log_softmax(joint, 1)
 
@@ -143,7 +143,7 @@ def test_log_marginal_of_each_class(backend):
     assert len(estimates) == 1 and float(score.abs().max()) < 5
 
 
-def test_noise_of_the_analytic_kl_lifts_it_above_log_px_without_a_classifier():
+def test_noise_of_the_analytic_kl_biases_the_bound_upwards():
     """Without a classifier, noise of the analytic KL biases the result above log p(x), as documented."""
     model, replicates = LinearGaussian(D, X), 4000
     x = model.sample(1).expand(replicates, X)
@@ -203,7 +203,7 @@ def written_out(bounds, log_q, log_prior, labels, alpha):
 @pytest.mark.parametrize("labelled", [False, True], ids=["unlabelled", "some labels"])
 @pytest.mark.parametrize("log_prior", [None, "[C]", "[B, C]"])
 @pytest.mark.parametrize("classifier", [False, True], ids=["best q", "classifier"])
-def test_the_written_out_formula_and_its_gradients(backend, classifier, log_prior, labelled, reduction):
+def test_value_and_gradients_equal_the_formula(backend, classifier, log_prior, labelled, reduction):
     shape = {"[C]": (C,), "[B, C]": (B, C)}
     leaves = {"bounds": (3 * randn(B, C, seed=1, dtype=torch.float64)).requires_grad_()}
     if classifier:
@@ -259,10 +259,10 @@ def test_half_precision_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("value", [-math.inf, math.nan, -1.0])
-def test_a_class_that_q_excludes_counts_as_nothing(backend, value):
+def test_a_class_of_zero_probability_under_q_is_ignored(backend, value):
     bounds, log_q = randn(B, C, seed=1, dtype=torch.float64), randn(B, C, seed=2, dtype=torch.float64)
     bounds[:, 1], log_q[:, 1] = value, -math.inf
-    log_q[0, 2] = -2000.0  # its probability is 0, its logarithm is not
+    log_q[0, 2] = -2000.0  # a probability of 0 with a finite logarithm
     bounds.requires_grad_(), log_q.requires_grad_()
     x, bound = table_of(bounds)
     got = fastvae.marginalize(x, bound, log_q=log_q, reduction="none")
@@ -276,7 +276,7 @@ def test_a_class_that_q_excludes_counts_as_nothing(backend, value):
     assert not bounds.grad[:, 1].any() and not log_q.grad[:, 1].any()
 
 
-def test_a_class_without_prior_probability(backend):
+def test_a_class_of_zero_prior_probability(backend):
     bounds = randn(B, C, seed=1, dtype=torch.float64).requires_grad_()
     log_prior = torch.tensor([0.0, -math.inf, 1.0, 0.5], dtype=torch.float64, device=DEVICE)
     log_prior.requires_grad_()
@@ -333,7 +333,7 @@ def test_empty_batch(backend, classifier):
     assert not parameter.grad.any()
 
 
-def test_one_class_is_the_bound_itself(backend):
+def test_a_single_class_gives_the_bound_itself(backend):
     bounds = randn(B, 1, seed=1)
     x, bound = table_of(bounds)
     for log_q in (None, randn(B, 1, seed=2)):
@@ -345,7 +345,7 @@ def test_one_class_is_the_bound_itself(backend):
 
 
 @pytest.mark.parametrize("class_chunk, rows", [(None, [12]), (3, [9, 3]), (1, [3, 3, 3, 3]), (9, [12])])
-def test_the_calls(class_chunk, rows):
+def test_arguments_of_the_bound(class_chunk, rows):
     """The function gets one-hot rows, each example with its classes, or x itself class by class.
 
     Tensors in a dict are repeated alike.
@@ -368,14 +368,14 @@ def test_the_calls(class_chunk, rows):
     torch.testing.assert_close(got.log_responsibilities, torch.log_softmax(values.float(), 1))
 
 
-def test_classes_of_counts_are_of_the_default_dtype():
+def test_classes_of_integer_data_have_the_default_dtype():
     x = torch.arange(B, device=DEVICE)
     seen = []
     fastvae.marginalize(x, lambda x, y: seen.append(y.dtype) or y[:, 0], classes=C)
     assert seen == [torch.get_default_dtype()]
 
 
-def test_responsibilities_are_the_classifier_whatever_the_labels():
+def test_responsibilities_do_not_depend_on_the_labels():
     bounds, log_q = randn(B, C, seed=1), randn(B, C, seed=2)
     x, bound = table_of(bounds)
     labels = torch.tensor([0, 1, 2, 3, -1], device=DEVICE)
@@ -395,7 +395,7 @@ class Net(nn.Sequential):
         return super().forward(torch.cat(parts, 1))
 
 
-class OfTheFirst(Net):
+class IgnoresClass(Net):
     """Decoder that ignores y."""
 
     def forward(self, z, y):
@@ -415,14 +415,14 @@ def gmvae(features=X, classes=C, latent=D, hidden=16):
     prior = nn.Linear(classes, 2 * latent)
     return fastvae.VAE(
         encoder,
-        OfTheFirst(latent, features, hidden),
+        IgnoresClass(latent, features, hidden),
         likelihood="bernoulli",
         prior=lambda y: prior(y).chunk(2, 1),
         modules=[prior],
     ).to(DEVICE)
 
 
-def test_a_shard_has_the_noise_of_the_whole():
+def test_a_shard_uses_the_noise_of_the_whole():
     vae, x = m2(), rand(B, X, seed=1)
 
     def of(x, first):
@@ -438,7 +438,7 @@ def test_a_shard_has_the_noise_of_the_whole():
 
 
 @pytest.mark.parametrize("classifier", [False, True], ids=["best q", "classifier"])
-def test_compiled_whole(classifier):
+def test_compiled_in_one_graph(classifier):
     torch.manual_seed(0)
     vae, net = (m2 if classifier else gmvae)(), Net(X, C).to(DEVICE)
     x, labels = rand(B, X, seed=1), torch.tensor([-1, 3, 0, -1, 2], device=DEVICE)

@@ -411,7 +411,7 @@ def test_signal_to_noise_slopes():
 
 @pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl"])
 @pytest.mark.parametrize("prior", PRIORS)
-def test_estimators_are_the_textbook_ones(backend, estimator, prior):
+def test_estimators_equal_the_textbook(backend, estimator, prior):
     """Values and all gradients equal those of a surrogate loss in plain PyTorch on the same noise."""
     k = 4
     mu, logvar, parts, _ = _latents(prior)
@@ -446,7 +446,7 @@ def test_estimators_are_the_textbook_ones(backend, estimator, prior):
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
-def test_estimators_leave_value_decoder_and_prior_alone(likelihood):
+def test_estimators_change_neither_the_value_nor_decoder_and_prior(likelihood):
     """Estimators leave the rest unchanged bit for bit, or to roundings where each has its own kernel."""
     k, x = 4, rand(B, X, seed=40)
     results = {}
@@ -558,7 +558,7 @@ def test_free_bits_of_each_example(tensor):
     floor = float(kl.median()) + 1e-3
     below = kl < floor
     assert below.any() and not below.all()
-    # Some examples are on the other side than their dimension's mean, to tell it from the batch variant.
+    # Some examples are on the other side than their dimension's mean, unlike in the batch variant.
     assert bool((below != (kl.mean(0) < floor)).any())
     free_bits = torch.tensor(floor, dtype=torch.float64, device=DEVICE) if tensor else floor
     terms, mu, logvar = _elbo(terms=True, free_bits=free_bits, free_bits_per="example")
@@ -585,7 +585,7 @@ def test_free_bits_of_an_example_do_not_depend_on_the_others():
 
 
 @pytest.mark.parametrize("per", ["batch", "example"])
-def test_free_bits_below_every_kl_change_nothing_in_the_mean(per):
+def test_free_bits_below_every_kl_have_no_effect(per):
     plain, *_ = _elbo()
     low, *_ = _elbo(free_bits=1e-6, free_bits_per=per)
     torch.testing.assert_close(low, plain, rtol=1e-13, atol=1e-13)

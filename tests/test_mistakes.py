@@ -164,7 +164,7 @@ def test_kl_is_not_averaged_over_dimensions(backend):
     assert float(one.min()) > 0.1
 
 
-def test_dreg_does_something():
+def test_dreg_differs_from_iwae_and_stl():
     # A hook on a copy outside the graph leaves the gradient unchanged. Here z is returned to the user, who
     # runs the decoder: the gradient through this z must be reweighted too, as the objective does.
     _, decoder = models.networks(X, D)
@@ -192,7 +192,7 @@ def test_dreg_does_something():
             assert float((one - two).abs().median()) > 1e-3
 
 
-def test_dreg_leaves_the_decoder_alone():
+def test_dreg_does_not_change_the_decoder():
     # The decoder's gradient is sum w~ grad log p, not sum w~^2 grad log p, which is smaller, often several
     # times.
     _, decoder = models.networks(X, D, dtype=torch.float64)
@@ -313,7 +313,7 @@ def test_bf16_sums_are_kept_in_float32(backend):
 
 
 @pytest.mark.parametrize("magnitude", [50.0, 1e4, 1e30, math.inf])
-def test_zero_times_log_zero(backend, magnitude):
+def test_zero_times_log_zero_is_zero(backend, magnitude):
     # A certain pixel has log p 0 if right and minus its logit's magnitude if wrong: never NaN.
     x = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.5]], device=DEVICE)
     signs = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0], device=DEVICE)
@@ -433,7 +433,7 @@ class _HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
-def test_nothing_is_read_back(likelihood):
+def test_objectives_do_not_read_back_from_the_device(likelihood):
     # One .item() per example, or per call, stalls a GPU each time.
     encoder, decoder = models.networks(X, D, likelihood)
     x = rand(B, X, seed=33)

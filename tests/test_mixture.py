@@ -57,7 +57,7 @@ def results(case):
 
 
 @given(case=cases())
-def test_mixture(backend, case):
+def test_mixture_is_accurate(backend, case):
     for name, actual, _, expected in results(case):
         # The scores of a row share errors.
         assert_accurate(name, actual, None, expected)
@@ -68,7 +68,7 @@ def test_mixture(backend, case):
     [(3, 300, 2), (16, 513, 5), (300, 17, 3), (2300, 2, 7), (129, 31, 1), (5, 1, 130), (33, 70, 3)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_beyond_a_block_a_unit_and_a_part(backend, n, u, d, dtype):
+def test_sizes_beyond_a_block_a_unit_and_a_part(backend, n, u, d, dtype):
     """Accurate for more components, rows and dimensions than a block, a unit of work or a partial sum."""
     tensors = [randn(*s, seed=i).to(dtype) for i, s in enumerate([(n, d), (u, d), (u, d), (u,), (n,)])]
     tensors[3] = torch.log_softmax(tensors[3], 0)
@@ -82,7 +82,7 @@ def _torch(mu, logvar, logits):
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_it_is_the_density_of_torchs_mixture(backend, weighted):
+def test_the_density_equals_torch(backend, weighted):
     k, b, u, d = 4, 3, 7, 2
     z = randn(k, b, d, seed=1).double().requires_grad_()
     mu, logvar = (randn(u, d, seed=s).double().requires_grad_() for s in (2, 3))
@@ -109,7 +109,7 @@ def test_other_dtypes_are_computed_in_single_precision(backend, dtype):
     assert all(g.dtype == dtype for g in torch.autograd.grad(got.sum(), leaves))
 
 
-def test_narrow_components_keep_their_digits(backend):
+def test_narrow_components_are_accurate(backend):
     """Standard deviations of 1e-4 at means of 1 stay accurate; a matrix product in float32 would not."""
     n, u, d = 40, 9, 50
     mu = randn(u, d, seed=1)
@@ -125,13 +125,13 @@ def test_narrow_components_keep_their_digits(backend):
     assert float((naive.double() - exact).abs().max()) > 1
 
 
-def test_one_component_is_a_normal_distribution(backend):
+def test_a_single_component_is_a_normal_distribution(backend):
     z, mu, logvar = randn(5, 4, 3, seed=1), randn(1, 3, seed=2), randn(1, 3, seed=3)
     got = ops.mixture_log_prob(z, mu, logvar, torch.tensor([-3.0], device=DEVICE))
     torch.testing.assert_close(got, DiagonalNormal(mu, logvar).log_prob(z), rtol=1e-6, atol=1e-5)
 
 
-def test_a_component_without_weight_is_none(backend):
+def test_a_component_of_zero_weight_is_ignored(backend):
     z, mu, logvar = randn(6, 3, seed=1), randn(4, 3, seed=2), randn(4, 3, seed=3)
     logits = torch.tensor([0.5, -math.inf, 1.0, -1.0], device=DEVICE)
     leaves = [t.requires_grad_() for t in (z, mu, logvar)]
@@ -145,7 +145,7 @@ def test_a_component_without_weight_is_none(backend):
     assert not grads[1][1].any() and not grads[2][1].any() and bool(grads[0].isfinite().all())
 
 
-def test_where_there_is_no_probability(backend):
+def test_zero_probability(backend):
     """Zero probability gives −∞ and zero gradient, and does not affect other rows."""
     z = randn(5, 2, seed=1)
     expected = ops.mixture_log_prob(z, mu := randn(3, 2, seed=2), logvar := randn(3, 2, seed=3))
@@ -160,7 +160,7 @@ def test_where_there_is_no_probability(backend):
     assert not grad[1].any() and bool(grad[rest].all())
 
 
-def test_what_is_no_number_stays_none(backend):
+def test_nan_stays_in_its_row(backend):
     z, mu, logvar = randn(20, 2, seed=1), randn(3, 2, seed=2), randn(3, 2, seed=3)
     z[4, 1] = math.nan
     got = ops.mixture_log_prob(z, mu, logvar)
@@ -189,7 +189,7 @@ def test_without_dimensions(backend):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2, 3), (0, 3), (1, 2)])
-def test_each_gradient_by_itself(backend, wanted):
+def test_each_gradient_alone(backend, wanted):
     tensors = [randn(*s, seed=i) for i, s in enumerate([(21, 3), (5, 3), (5, 3), (5,)])]
     every = [t.clone().requires_grad_() for t in tensors]
     grads = torch.autograd.grad(ops.mixture_log_prob(*every).sum(), every)
@@ -219,7 +219,7 @@ def test_threads_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_nothing_of_all_pairs_is_made():
+def test_the_tensor_of_all_pairs_is_not_materialised():
     """No tensor [N, U, D], of 2 GB, is materialised (the reference computes slices of it)."""
     n, u, d = 4000, 500, 250
     z, mu, logvar = randn(n, d, seed=1), randn(u, d, seed=2), randn(u, d, seed=3)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 WRITTEN = read_table(command.WRITTEN)
 
 
-def test_mutants_by_hand_apply():
+def test_written_mutants_apply():
     assert not (problems := stale(WRITTEN)), "\n".join(problems)
     for entry in WRITTEN:
         text = mutated(entry)
@@ -29,7 +29,7 @@ def test_mutants_by_hand_apply():
             ast.parse(text, entry.file)
 
 
-def test_mutants_by_hand_name_tests_that_exist():
+def test_written_mutants_name_existing_tests():
     for entry in WRITTEN:
         assert entry.tests, f"{entry.table}, line {entry.line}: no tests are named"
         for test in entry.tests:
@@ -39,14 +39,14 @@ def test_mutants_by_hand_name_tests_that_exist():
             assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{where}: no such test"
 
 
-def test_accepted_survivors_are_still_made():
+def test_accepted_survivors_are_still_generated():
     assert all(e.why for e in read_table(command.ACCEPTED)), (
         "a survivor is accepted for a reason, after ' -- '"
     )
     assert not (problems := command.stale_accepted()), "\n".join(problems)
 
 
-def test_an_accepted_survivor_that_is_not_made_is_reported(monkeypatch):
+def test_an_accepted_survivor_that_is_not_generated_is_reported(monkeypatch):
     entry = Entry("accepted.txt", 7, "fastvae/vae.py", "VAE.elbo", "comparison", "a < b", "a <= b", "why")
     monkeypatch.setattr(command, "accepted", lambda: {("fastvae/vae.py", "VAE.elbo", "", "", ""): entry})
     (problem,) = command.stale_accepted()
@@ -98,12 +98,12 @@ def test_operators():
         ),
         ("keyword dropped", "g(x, k, keep=not keep, generator=None)", "g(x, k, generator=None)"),
     }
-    # What only talks or serves type checkers stays as it is, and so does what hardly means anything.
+    # Messages, docstrings, code for type checkers and trivial code are not mutated.
     assert not [m for m in found if any(text in m[1] for text in ("ValueError", "docstring", "k = 3"))]
     assert "method dropped" not in {operator for operator, _, _ in found}
 
 
-def test_a_key_survives_what_is_moved_and_laid_out_anew():
+def test_keys_survive_moving_and_reformatting():
     moved = "import math\n\n\n" + SOURCE.replace("torch.where(x == 0,", "torch.where(\n        x == 0,")
     before, after = ({s.key[1:3] for s in sites("f.py", text)} for text in (SOURCE, moved))
     assert before == after
@@ -153,7 +153,7 @@ def test_functions_of_headers_are_found(entry, tmp_path):
         ("-", "return", "occurs 2 times in this function: lengthen it"),
     ],
 )
-def test_a_stale_entry_says_how_to_mend_it(entry, tmp_path, function, old, message):
+def test_a_stale_entry_is_explained(entry, tmp_path, function, old, message):
     with pytest.raises(Stale, match=re.escape(message)) as caught:
         locate(entry(function, old), tmp_path)
     assert "written.txt, line 3 (csrc/noise.hpp" in str(caught.value)

@@ -81,7 +81,7 @@ def _objectives(x, q, decoder, likelihood, mask):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_every_objective_gives_what_the_logits_give(name, masked):
+def test_every_objective_equals_that_of_logits(name, masked):
     read, plain, x, shape, activation = CASES[name]
     q = randn(B, D, seed=4).requires_grad_(), (0.3 * randn(B, D, seed=5)).requires_grad_()
     mask = rand(B, X, seed=6) < 0.6 if masked else None
@@ -123,7 +123,7 @@ def test_means_and_draws_and_all_pairs(name):
     assert "=True" in repr(read) and "=True" not in repr(plain)
 
 
-def test_a_joint_of_both():
+def test_a_joint_of_probabilities_and_logits():
     part = CASES["bernoulli"]
     q = randn(B, 2 * D, seed=4)
     decoder = Decoder((X,), torch.sigmoid)
@@ -142,7 +142,7 @@ def test_a_joint_of_both():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_bernoulli_is_binary_cross_entropy(dtype):
+def test_a_bernoulli_equals_binary_cross_entropy(dtype):
     """Values and gradients equal binary cross entropy's, also at 0 and 1."""
     p = torch.tensor(
         [0.0, 1e-44, 1e-30, 1e-13, 1e-6, 0.3, 0.5, 0.9, 1 - 2**-20, 1.0], dtype=dtype, device=DEVICE
@@ -159,7 +159,7 @@ def test_a_bernoulli_is_binary_cross_entropy(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_all_is_finite_at_0_and_1(name, dtype):
+def test_values_and_gradients_are_finite_at_0_and_1(name, dtype):
     """All is finite at 0 and 1, also through the activation, whose slope is 0 there."""
     read, _, x, shape, activation = CASES[name]
     logits = torch.full((B, *shape), -3.0, device=DEVICE, dtype=dtype)
@@ -192,7 +192,7 @@ def test_a_poisson_at_rate_0():
     torch.testing.assert_close(grad[:, 2:], torch.tensor([[1e20, 0.0]], device=DEVICE), rtol=1e-5, atol=1e-6)
 
 
-def test_a_float_rate_takes_a_size():
+def test_a_rate_accepts_a_size_factor():
     x, rate = torch.tensor([[1, 4]], device=DEVICE), torch.tensor([[0.5, 2.0]], device=DEVICE)
     q = torch.zeros(1, 2 * D, device=DEVICE)
     size = torch.tensor([3.0], device=DEVICE)
@@ -214,7 +214,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_other_outputs_are_refused(name, monkeypatch):
+def test_outputs_out_of_range_are_refused(name, monkeypatch):
     monkeypatch.setenv("FASTVAE_CHECK", "1")
     likelihood, outputs, message = WRONG[name]
     x, q = torch.zeros(1, 2, device=DEVICE), torch.zeros(1, 2 * D, device=DEVICE)
@@ -297,7 +297,7 @@ class Nested(nn.Module):
     ids=str,
 )
 @pytest.mark.parametrize("vae", [False, True])
-def test_an_activation_at_the_end_is_said_once(likelihood, last, vae):
+def test_a_final_activation_is_warned_of_once(likelihood, last, vae):
     for decoder in (nn.Sequential(nn.Linear(D, X), last, nn.Unflatten(1, (X,))), Nested(last)):
         said = _said(decoder.to(DEVICE), likelihood, vae=vae)
         assert len(said) == 1
@@ -321,7 +321,7 @@ def test_a_softmax_of_classes():
     assert ("Categorical(probs=True)" in said[0]) if DEVICE.type == "cpu" else not said
 
 
-def test_outputs_between_0_and_1_are_said_once(monkeypatch):
+def test_outputs_between_0_and_1_are_warned_of_once(monkeypatch):
     monkeypatch.setenv("FASTVAE_CHECK", "1")
     net = nn.Linear(D, X).to(DEVICE)
 
@@ -367,7 +367,7 @@ def test_no_false_alarms(monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_counts_that_are_not_whole_are_said_once(likelihood, monkeypatch):
+def test_fractional_counts_are_warned_of_once(likelihood, monkeypatch):
     monkeypatch.setenv("FASTVAE_CHECK", "1")
 
     def decoder(*, outputs):

@@ -90,7 +90,7 @@ def test_certain_zeros_and_impossible_counts(backend):
 
 
 @pytest.mark.parametrize("logit", [-80.0, -5.0, 0.0, 0.3, 12.0, 80.0])
-def test_dropout(backend, logit):
+def test_dropout_is_accurate(backend, logit):
     """Dropout agrees with 50 digits, for nearly certain zeros and nearly impossible counts too."""
     x = torch.tensor([[0.0], [0.0], [0.0], [4.0]], device=DEVICE)
     m = torch.tensor([[-9.0], [0.4], [6.0], [1.1]], device=DEVICE, requires_grad=True)
@@ -115,7 +115,7 @@ def test_dropout(backend, logit):
                 assert abs(float(got) - float(want)) <= 1e-5 * abs(float(want)) + 1e-37
 
 
-def test_a_row_a_gene(backend):
+def test_a_dispersion_per_gene(backend):
     """The gradient of a dispersion per gene is the sum over cells, in zero rows and others."""
     g = torch.Generator().manual_seed(0)
     x = torch.poisson(torch.rand(6, 800, generator=g) * 9, generator=g)
@@ -131,7 +131,7 @@ def test_a_row_a_gene(backend):
 
 @pytest.mark.parametrize("inflated", [False, True])
 @pytest.mark.parametrize("form", ["number", "row", "learned"])
-def test_dispersions_that_the_likelihood_holds(backend, inflated, form):
+def test_parameters_fixed_in_the_likelihood(backend, inflated, form):
     """A decoder returns the parameters not fixed in the likelihood, in order, with equal results."""
     k, b, genes = 3, 4, 7
     g = torch.Generator().manual_seed(1)

@@ -34,7 +34,7 @@ def test_compiled(backend):
     assert not torch.equal(compiled(_seed(10), like), compiled(_seed(), like))
 
 
-def test_a_seed_that_is_a_number(backend):
+def test_an_int_seed_in_a_compiled_function(backend):
     def draw():
         return fastvae.random.normal(2**63 + 5, 2, 3, 5, dtype=torch.float64, device=DEVICE)
 
@@ -102,7 +102,7 @@ def test_model_samples_exported():
     _same_draws(lambda: exported.module()(like), lambda: module(like))
 
 
-def test_other_devices_know_the_shape():
+def test_shapes_on_other_devices():
     seed = torch.zeros((), dtype=torch.int64, device="meta")
     drawn = fastvae.random.normal(seed, 2, 3, 5, dtype=torch.float64)
     assert (drawn.shape, drawn.dtype, drawn.device.type) == ((2, 3, 5), torch.float64, "meta")

@@ -74,7 +74,7 @@ def cases(draw, sizes=SIZES):
     }
 
 
-def _arriving(case):
+def _results_with_gradients(case):
     """Return the results with an upstream gradient; DReG needs the log-ratio's."""
     which = {"both": ("z", "second"), "first": ("z",), "second": ("second",)}[case["which"]]
     return ("z", "second") if case["estimator"] == "dreg" and which == ("z",) else which
@@ -114,7 +114,11 @@ def _run(case, op, dtype):
     )
     # The second result's upstream gradient is float32 or float64 for any inputs.
     pairs = [(z, grad_z.to(z.dtype)), (other, grad_other.to(other.dtype))]
-    pairs = [pair for name, pair in zip(("z", "second"), pairs, strict=True) if name in _arriving(case)]
+    pairs = [
+        pair
+        for name, pair in zip(("z", "second"), pairs, strict=True)
+        if name in _results_with_gradients(case)
+    ]
     pairs = [(o, g) for o, g in pairs if o.requires_grad]
     outs, arriving = zip(*pairs, strict=True)
     grads = torch.autograd.grad(outs, asked, arriving, allow_unused=True)
@@ -134,14 +138,14 @@ def results(case, op):
         other["per_dimension"] = case["per_dimension"]
     else:
         other = {"grad_ratio": grad_ratio, "estimator": case["estimator"]}
-    arrives = _arriving(case)
-    if "second" not in arrives:
+    differentiated = _results_with_gradients(case)
+    if "second" not in differentiated:
         other |= {name: None for name in ("grad_kl", "grad_ratio") if name in other}
     eps = _eps(case["seed"], case["samples"], *inputs[0].shape, *case["offsets"])
     expected, grads = formulas.rsample(
         inputs,
         eps,
-        grad_z if "z" in arrives else None,
+        grad_z if "z" in differentiated else None,
         logvar_range=case["logvar_range"],
         **case.get("form", USUAL),
         **other,
@@ -202,7 +206,7 @@ def test_z_is_mu_plus_sigma_eps(backend):
     torch.testing.assert_close(z.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_without_samples_the_axis_is_left_out(backend):
+def test_without_k_the_axis_of_samples_is_omitted(backend):
     mu, logvar = torch.randn(6, 9, device=DEVICE), torch.randn(6, 9, device=DEVICE)
     seed = torch.tensor(5, device=DEVICE)
     assert torch.equal(
@@ -306,7 +310,7 @@ def test_kl_of_a_scale_is_accurate_near_the_prior(backend):
         torch.testing.assert_close(kl.double().cpu(), exact.expand(2), rtol=rtol, atol=0)
 
 
-def test_a_scale_that_is_negative_gives_nan(backend):
+def test_a_negative_scale_gives_nan(backend):
     sigma = torch.tensor([[0.5, -0.5], [0.5, 0.5]], device=DEVICE)
     mu, seed = torch.zeros(2, 2, device=DEVICE), torch.tensor(4, device=DEVICE)
     _, kl = ops.rsample_kl(mu, sigma, seed=seed, scale="scale")
@@ -410,7 +414,7 @@ def test_backward_may_run_on_another_backend(op, estimator):
             torch.testing.assert_close(run(*pair, samples), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_gradients_no_slope(monkeypatch):
+def test_nothing_is_saved_without_gradients(monkeypatch):
     """Large-K evaluation without gradients saves nothing for a backward pass."""
     mu, logvar = torch.randn(2, 4, 3, requires_grad=True)
     z, _ = ops.rsample_log_ratio(mu, logvar, k=5)
@@ -425,7 +429,7 @@ def test_no_gradients_no_slope(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (70, 1), (33, 50), (64, 17), (5, 513), (3, 1025)])
-def test_tiles_of_rows_hold_every_row(backend, shape):
+def test_tiles_cover_every_row(backend, shape):
     """Every row is computed for sizes around a tile of rows, with a full or short last row or tile."""
     k = 18 if backend != "triton" else 3
     mu, logvar = torch.randn(2, *shape, device=DEVICE)

@@ -124,7 +124,7 @@ def _case(k, b, d, dtype, spread=0.3):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_beyond_a_tile_a_panel_and_a_block(backend, k, b, d, dtype):
+def test_sizes_beyond_a_tile_a_panel_and_a_block(backend, k, b, d, dtype):
     for name, actual, eager, expected in results(_case(k, b, d, dtype)):
         assert_accurate(name, actual, eager, expected)
 
@@ -136,7 +136,7 @@ def test_more_columns_than_a_tile(d):
         assert_accurate(name, actual, eager, expected)
 
 
-def test_it_is_torchs_multivariate_normal(backend):
+def test_equals_torch_multivariate_normal(backend):
     """The density at the draws, and the draws' moments, are torch's MultivariateNormal's."""
     k, b, d = 6, 4, 5
     mu, tril = randn(b, d, seed=1).double(), 0.5 * randn(b, _size(d), seed=2).double()
@@ -145,7 +145,7 @@ def test_it_is_torchs_multivariate_normal(backend):
     torch.testing.assert_close(log_q, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_the_draws_have_that_covariance():
+def test_draws_have_the_covariance():
     k, d = 200_000, 3
     mu, tril = randn(1, d, seed=1), 0.5 * randn(1, _size(d), seed=2)
     z, _ = ops.rsample_tril(mu, tril, k=k, seed=seed_of(3))
@@ -158,7 +158,7 @@ def test_the_draws_have_that_covariance():
     assert bool(((z.mean((0, 1)) - mu[0]).abs() < 6 * deviations / math.sqrt(k)).all())
 
 
-def test_gradients_are_autograds_of_the_plain_formula(backend):
+def test_gradients_equal_autograd_of_the_formula(backend):
     k, b, d = 5, 3, 7
     leaves = [randn(b, d, seed=1).double(), 0.5 * randn(b, _size(d), seed=2).double()]
     leaves = [t.requires_grad_() for t in leaves]
@@ -191,7 +191,7 @@ def test_a_diagonal_scale_is_a_diagonal_normal(backend):
     torch.testing.assert_close(log_q, density, rtol=1e-5, atol=1e-5)
 
 
-def test_a_shards_rows_and_draws_are_those_of_the_whole(backend):
+def test_a_shard_with_offsets_equals_that_part_of_the_whole(backend):
     k, b, d = 70, 5, 19
     mu, tril, upstream = randn(b, d, seed=1), 0.3 * randn(b, _size(d), seed=2), randn(k, b, d, seed=3)
     # The other backends use library products, whose order of sums depends on the shape.
@@ -236,7 +236,7 @@ def test_threads_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_the_flat_form_is_the_same_memory(backend):
+def test_the_flat_form_equals_the_op(backend):
     k, b, d = 4, 3, 5
     mu, tril, upstream = randn(b, d, seed=1), randn(b, _size(d), seed=2), randn(k, b, d, seed=3)
     found = []
@@ -254,7 +254,7 @@ def test_the_flat_form_is_the_same_memory(backend):
 
 
 @pytest.mark.parametrize("wanted", [0, 1])
-def test_each_gradient_by_itself(backend, wanted):
+def test_each_gradient_alone(backend, wanted):
     """Each gradient may be computed alone, and for the mean's alone no noise is stored."""
     tensors = [randn(3, 6, seed=1), randn(3, _size(6), seed=2)]
 
@@ -273,7 +273,7 @@ def test_each_gradient_by_itself(backend, wanted):
 
 
 @pytest.mark.parametrize(("b", "d"), [(0, 3), (4, 0), (0, 0)])
-def test_nothing_to_draw(backend, b, d):
+def test_empty(backend, b, d):
     mu, tril = torch.zeros(b, d, device=DEVICE), torch.zeros(b, _size(d), device=DEVICE)
     leaves = [t.requires_grad_() for t in (mu, tril)]
     z, log_q = ops.rsample_tril(*leaves, k=5)
@@ -282,7 +282,7 @@ def test_nothing_to_draw(backend, b, d):
     assert [g.shape for g in grads] == [t.shape for t in leaves]
 
 
-def test_what_is_no_number_stays_where_it_is(backend):
+def test_nan_stays_in_its_column(backend):
     """NaN or infinity in a row of L affects only that column of z, and the density if on the diagonal."""
     k, b, d = 3, 2, 5
     mu, tril = randn(b, d, seed=1), randn(b, _size(d), seed=2)
@@ -294,7 +294,7 @@ def test_what_is_no_number_stays_where_it_is(backend):
     assert bool((log_q[:, 0] == -math.inf).all()) and bool(log_q[:, 1].isfinite().all())
 
 
-def test_what_lies_above_the_diagonal_is_not_there(backend):
+def test_elements_above_the_diagonal_are_ignored(backend):
     """A column of z depends neither on later columns of the noise nor on memory above the diagonal."""
     mu = torch.zeros(2, 37, device=DEVICE, dtype=torch.float64)
     tril = 0.3 * randn(2, _size(37), seed=2).double()
@@ -303,7 +303,7 @@ def test_what_lies_above_the_diagonal_is_not_there(backend):
     torch.testing.assert_close(z[:, :, :9], first, rtol=1e-13, atol=1e-13)
 
 
-def test_the_halves_of_an_encoders_output(backend):
+def test_halves_of_an_encoder_output(backend):
     """Halves of one output, whose rows are not contiguous in memory, work, also with differing dtypes."""
     k, b, d = 3, 4, 5
     out = randn(b, d + _size(d), seed=1)

@@ -106,7 +106,7 @@ def test_half_precision_latents_of_any_size(backend, dtype):
 
 @pytest.mark.parametrize("limits", [(-math.inf, 0.5), (-0.5, math.inf), (-0.5, 0.5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_clamp_of_one_side(backend, limits, dtype):
+def test_a_one_sided_clamp(backend, limits, dtype):
     """z, KL, ratio and gradients are those of clamped log variances; the gradient is kept on the edge."""
     b, d, k = 6, 5, 3
     mu = randn(b, d, seed=1, dtype=dtype)
@@ -133,7 +133,7 @@ def test_a_clamp_of_one_side(backend, limits, dtype):
 
 
 @pytest.mark.parametrize("forward, backward", [("reference", "native"), ("native", "reference")])
-def test_a_clamp_holds_when_the_backend_changes_between_the_passes(forward, backward):
+def test_a_clamp_persists_when_the_backend_changes_between_the_passes(forward, backward):
     def run(first, then):
         mu, logvar = (2 * randn(6, 5, seed=s) for s in (4, 5))
         leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
@@ -153,7 +153,7 @@ def test_a_clamp_holds_when_the_backend_changes_between_the_passes(forward, back
              (-math.inf, math.inf, "softplus", 0.0), (-math.inf, math.inf, "softplus", 0.1)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_the_dispatchers_op_did_not_keep_is_made_again(on_cpu, op, flat, form, dtype):
+def test_buffers_not_saved_by_a_dispatcher_op_are_recomputed(on_cpu, op, flat, form, dtype):
     """Buffers a dispatcher op did not save, not knowing that it will be differentiated, are recomputed.
 
     The clamp still applies, and half precision is computed in float32.

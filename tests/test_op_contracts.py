@@ -224,7 +224,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("overload", ["default", "kernel"])
-def test_layers_of_another_number_of_outputs(overload):
+def test_layers_with_a_wrong_number_of_outputs_are_refused(overload):
     """The C++ would read an output that is not there."""
     op = getattr(torch.ops.fastvae.linear_log_prob, overload)
     x, h, weight = torch.zeros(B, X), torch.zeros(K * B, H), torch.zeros(X, H)

@@ -25,8 +25,8 @@ def likelihood(**options):
     return Gaussian(scale="optimal", **options).to(DEVICE)
 
 
-def test_training_takes_the_variance_of_its_batch(backend):
-    """In training, bound and gradient are those of the batch's variance, fixed, the best of any scale."""
+def test_training_uses_the_variance_of_the_batch(backend):
+    """In training, bound and gradient equal those of a fixed scale, the batch's, which is the best of any."""
     x, mean, q = inputs()
     optimal = likelihood()
     terms = fastvae.elbo(x, q, lambda z: mean, k=K, likelihood=optimal, terms=True)
@@ -70,7 +70,7 @@ def test_the_running_mean(backend):
     assert abs(float(drawn.var() / expected) - 1) < 0.06
 
 
-def test_one_variance_serves_all_draws(backend):
+def test_all_draws_share_one_variance(backend):
     """All draws use one variance, also log_marginal's in training mode, in any chunks."""
     x, _, q = inputs()
     decoder = torch.nn.Linear(1, X).to(DEVICE)
@@ -100,7 +100,7 @@ def test_one_variance_serves_all_draws(backend):
     assert torch.equal(optimal.variance, before)
 
 
-def test_a_mask_leaves_elements_out(backend):
+def test_masked_elements_are_ignored(backend):
     x, mean, q = inputs()
     mask = torch.rand(B, X, device=DEVICE) < 0.6
     mask[0, 0] = True

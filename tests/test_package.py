@@ -147,7 +147,7 @@ def test_typed_and_complete():
     assert all(callable(getattr(ops, name)) for name in ops.__all__)
 
 
-def test_without_triton_the_message_says_what_to_install(monkeypatch):
+def test_a_missing_triton_is_explained(monkeypatch):
     monkeypatch.setattr(_backend, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match=r"on a GPU.* need triton.*pip install 'fastvae\[triton\]'"):
         _backend.layer("triton", "normal_diagonal")
@@ -227,7 +227,7 @@ def test_an_extension_missing_by_accident_is_an_error():
     assert re.search(r"rsample_kl +fails: no C\+\+ ", printed)
 
 
-def test_an_extension_of_another_version_says_so(monkeypatch):
+def test_an_extension_of_another_version_is_an_error(monkeypatch):
     """An editable install whose C++ was not rebuilt raises a clear error."""
     monkeypatch.setattr(_backend, "extension", lambda: SimpleNamespace(rsample=None))
     with pytest.raises(RuntimeError, match=r"no rsample_kl: it was built from another version.*pip install"):
@@ -237,7 +237,7 @@ def test_an_extension_of_another_version_says_so(monkeypatch):
 @pytest.mark.parametrize(
     "installed, left_out", [("true", True), ("false", False), (None, False)], ids=["pure", "built", "nothing"]
 )
-def test_on_purpose_or_by_accident(tmp_path, monkeypatch, installed, left_out):
+def test_an_extension_omitted_on_purpose_is_recognised(tmp_path, monkeypatch, installed, left_out):
     """The installed wheel shows whether the extension was omitted on purpose, not the clone's egg-info."""
     egg, wheel = tmp_path / "clone" / "fastvae.egg-info", tmp_path / "site" / "fastvae-0.1.0.dist-info"
     egg.mkdir(parents=True)
@@ -341,7 +341,7 @@ def build_ext(monkeypatch):
 
 
 @pytest.mark.parametrize("attribute", ["compiler_so_cxx", "compiler_so"])
-def test_without_a_compiler_the_message_names_both_ways(build_ext, attribute):
+def test_a_missing_compiler_is_explained(build_ext, attribute):
     compiler = {"compiler_so": ["cc"], "compiler_cxx": ["c++"], attribute: ["no-such-compiler", "-O2"]}
     with pytest.raises(SystemExit, match="no-such-compiler.*apt-get install g[+][+].*FASTVAE_NO_EXTENSION=1"):
         build_ext(compiler_type="unix", **compiler)

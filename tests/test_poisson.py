@@ -47,7 +47,7 @@ def test_counts_of_any_size(backend, dtype, columns, count):
         (1e-30, 20.0, -math.exp(20.0), -math.exp(20.0)),
     ],
 )
-def test_rates_without_end(backend, x, log_rate, value, gradient, columns):
+def test_infinite_rates(backend, x, log_rate, value, gradient, columns):
     # The other elements of a long row are certain: count 0 at rate 0.
     rates, data = torch.full((1, columns), -math.inf, device=DEVICE), torch.zeros(1, columns, device=DEVICE)
     rates[0, -1], data[0, -1] = log_rate, x
@@ -59,7 +59,7 @@ def test_rates_without_end(backend, x, log_rate, value, gradient, columns):
 
 
 @pytest.mark.parametrize("columns", [1, 300])
-def test_a_sample_without_weight_has_no_gradient(backend, columns):
+def test_a_sample_of_zero_weight_has_no_gradient(backend, columns):
     """A sample of weight 0 has zero gradient for any rate: 0 times infinity would spoil the whole batch's."""
     rates = torch.tensor([1.0, 200.0, math.inf], device=DEVICE)[:, None, None].expand(3, 2, columns).clone()
     x, grad = torch.ones(2, columns, device=DEVICE), torch.tensor([1.0, 0.0, 0.0], device=DEVICE)

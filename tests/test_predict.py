@@ -28,7 +28,7 @@ def cycles(issued, warps=WARPS, total=WARPS, scale=1.0, bandwidth=1e9):
     return predict.simulate(issued, warps, total, scale, bandwidth)
 
 
-def test_a_control_code_is_read():
+def test_control_codes_are_parsed():
     found = instruction("LDG.E.128 R4, [R2]", stall=5, wait=0b101, write=2, read=3)
     assert (found.stall, found.wait, found.write, found.read) == (5, 0b101, 2, 3)
     assert (found.pipe, found.bytes) == ("memory", 16)
@@ -40,25 +40,25 @@ def test_a_control_code_is_read():
 @pytest.mark.parametrize(
     "text, busy", [("FFMA R0", 1), ("LOP3.LUT R0", 2), ("IMAD R0", 2), ("MUFU.EX2 R0", 8)]
 )
-def test_a_pipe_is_the_limit(text, busy):
+def test_pipes_limit_throughput(text, busy):
     """A pipe takes an instruction per ``busy`` cycles for any number of warps; floats have two pipes."""
     least = WARPS * LENGTH * busy
     assert least - LAST <= cycles([instruction(text)] * LENGTH) <= least + STARTS
 
 
-def test_a_warp_alone_waits_as_long_as_its_code_says():
+def test_a_single_warp_waits_for_its_stall_counts():
     found = cycles([instruction("FFMA R0", stall=4)] * LENGTH, 1, 1)
     assert 4 * LENGTH - LAST <= found <= 4 * LENGTH
 
 
-def test_a_load_is_waited_for_by_those_who_name_its_barrier():
+def test_instructions_wait_for_the_barrier_of_a_load():
     pair = [instruction("LDG.E R0", write=0), instruction("FFMA R1", wait=1)]
     apart = [instruction("LDG.E R0", write=0), instruction("FFMA R1", wait=2)]
     assert cycles(pair * 20, 1, 1) >= 20 * predict.LATENCY
     assert cycles(apart * 20, 1, 1) < 20 * predict.LATENCY / 5
 
 
-def test_memory_is_the_limit():
+def test_bandwidth_limits_loads():
     """Loads alone are limited by the required bytes, independent of the bytes in the trace."""
     loads = [instruction("LDG.E.128 R0", write=0), instruction("FFMA R1", wait=1)] * 50
     moved = 0.5 * WARPS * 3 * 50 * 32 * 16
@@ -66,7 +66,7 @@ def test_memory_is_the_limit():
     assert moved / 2.0 <= found <= 1.1 * moved / 2.0 + STARTS + predict.LATENCY
 
 
-def test_a_loop_is_run_as_often_as_the_launch_has_steps():
+def test_loops_run_once_per_step_of_the_launch():
     texts = ["MOV R0", "FFMA R1", "FFMA R2", "@P0 BRA `(.L_x_1)", "EXIT"]
     code = [instruction(t.removeprefix("@P0 ")) for t in texts]
     issued = [i.text for i in predict.trace(code, {".L_x_1": 1}, 3.2)]
@@ -74,7 +74,7 @@ def test_a_loop_is_run_as_often_as_the_launch_has_steps():
     assert predict.trace(code[:2], {}, 5) == code[:2]
 
 
-def test_the_command(tmp_path):
+def test_predictions_agree_with_measurements(tmp_path):
     """A kernel's prediction is within a factor of two of a GPU's measurement, or the model is useless."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = tmp_path / "predicted.csv"
@@ -92,7 +92,7 @@ def test_the_command(tmp_path):
     assert "1 of them measured" in run.stdout
 
 
-def test_what_is_measured_is_printed_beside_what_was_predicted(tmp_path):
+def test_measurements_are_printed_with_their_predictions(tmp_path):
     path = tmp_path / "predicted.csv"
     values = ["some_op", "1×2, float32", "forward", 32, 100, "50.0", "40.0", "0.9", "2030-01-01"]
     with open(path, "w", newline="") as file:

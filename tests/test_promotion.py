@@ -102,7 +102,7 @@ def test_entries(entry, prior, dtypes):
 
 @pytest.mark.parametrize("entry", ["elbo", "iwae"])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
-def test_large(entry, dtypes):
+def test_large_inputs_are_not_read_beyond_the_end(entry, dtypes):
     """Regression: large inputs were read beyond a tensor's end."""
     mu, logvar = (randn(512, 512, seed=s).to(dtype) for s, dtype in enumerate(dtypes))
     x = rand(512, X, seed=3).round()

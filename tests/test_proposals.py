@@ -84,7 +84,7 @@ def test_unbiased(proposal, latent, shift, stretch, k):
 
 
 @pytest.mark.parametrize("latent, k, times", [(2, 500, 20), (2, 3000, 30), (10, 500, 5), (10, 3000, 30)])
-def test_adapted_is_better(latent, k, times):
+def test_adapted_has_smaller_errors(latent, k, times):
     """For a shifted, too narrow q, as from the ELBO, squared errors are ``times`` smaller at equal draws."""
     model = LinearGaussian(latent, latent + 4, dtype=torch.float32)
     x = model.sample(60)
@@ -168,7 +168,7 @@ def _fitted_draws(k=164, **options):
     return torch.cat(seen)[-100:]
 
 
-def test_the_fits_scale():
+def test_scale_and_df_of_the_fit():
     """``scale`` multiplies deviations from the fitted mean, and ``df`` is that of the t distribution."""
     one, three = (_fitted_draws(scale=s) for s in (1.0, 3.0))
     mean = (3 * one - three) / 2
@@ -181,7 +181,7 @@ def test_the_fits_scale():
     assert far[0] > 20 and far[1] < 8
 
 
-def test_memory_ends_with_the_fits(monkeypatch):
+def test_memory_is_bounded_by_most(monkeypatch):
     """Numbers are kept for no more than ``most`` draws."""
     kept, keep = [], AdaptedDraws._keep
     monkeypatch.setattr(
@@ -195,8 +195,8 @@ def test_memory_ends_with_the_fits(monkeypatch):
     assert sum(kept) == 100
 
 
-def test_the_elbo_is_that_of_q():
-    """The ELBO comes from the first 64 draws if they are q's; otherwise the report says it is unknown."""
+def test_the_elbo_comes_from_draws_of_q():
+    """The ELBO comes from the first 64 draws if these are q's; otherwise the report says it is unknown."""
     model = LinearGaussian(D, X)
     x = model.sample(9)
 
@@ -364,7 +364,7 @@ def test_a_hierarchy_and_a_prior_that_cannot_be_drawn_from():
             fastvae.log_marginal(x, q, decoder, **options, proposal="defensive")
 
 
-def test_supports_that_are_not_everything():
+def test_restricted_supports():
     """Draws of zero density have weight 0; torch's distributions, which raise for them, are refused."""
     x = randn(5, X, seed=2)
     weight = torch.ones(D, X, device=DEVICE) / 3
@@ -385,7 +385,7 @@ def test_supports_that_are_not_everything():
         run(td.Exponential(torch.ones(5, D, device=DEVICE)), "adapted")
 
 
-def test_latents_with_axes_of_their_own():
+def test_latents_of_several_axes():
     x = randn(4, 12, seed=1)
     mu, logvar = randn(4, 2, 3, 1, seed=2), randn(4, 2, 3, 1, seed=3)
 
@@ -424,7 +424,7 @@ def test_dtypes(dtype):
 # Extremes
 
 
-def test_nan_and_impossible_examples_harm_no_other():
+def test_nan_and_impossible_examples_do_not_affect_others():
     model = LinearGaussian(D, X)
     x = model.sample(6)
     q = model.posterior(x, 0.5, 0.2)
@@ -457,7 +457,7 @@ def test_first_weights_that_are_all_zero_or_nearly():
     assert bool((found.log_px_stderr[:2] < 0.1).all())
 
 
-def test_atempered_sample():
+def test_a_tempered_sample():
     falling = torch.linspace(0, -900, 100, dtype=torch.float64)
     few = torch.where(falling > -20, 0.0, -math.inf)  # 3 of them
     log_w = torch.stack([falling, torch.zeros_like(falling), torch.full_like(falling, -math.inf), few], 1)
@@ -480,7 +480,7 @@ def test_atempered_sample():
     assert bool(stays.all())
 
 
-def test_ashrunk_covariance():
+def test_a_shrunk_covariance():
     """Variances are unbiased for normalised weights; correlations are shrunk as documented."""
     root = randn(2, D, D, seed=2, dtype=torch.float64)
     covariance, ess = root @ root.mT, torch.tensor([30.0, 400.0], dtype=torch.float64, device=DEVICE)
@@ -669,7 +669,7 @@ ZEROS = torch.zeros(4, D)
         (_Bare(ZEROS), "defensive", TypeError, "needs the density of q at any z, but _Bare has no log_prob"),
     ],
 )
-def test_what_does_not_fit(q, proposal, error, words):
+def test_unsupported_combinations_are_refused(q, proposal, error, words):
     q = (ZEROS, ZEROS) if q is None else q
     x, decoder = torch.ones(4, X), torch.nn.Linear(D, X)
     with pytest.raises(error, match=words):
@@ -678,10 +678,10 @@ def test_what_does_not_fit(q, proposal, error, words):
         evaluate_parts(lambda x: q, decoder, x, k=100, likelihood="bernoulli", proposal=proposal, **QUIET)
 
 
-def test_a_point_set_is_not_drawn_in_rounds():
+def test_adapted_refuses_a_point_set():
     x, decoder, q = torch.ones(4, X), torch.nn.Linear(D, X), (ZEROS, ZEROS)
     for name in ("adapted", Adapted()):
-        with pytest.raises(ValueError, match="no point set together; use noise='philox'"):
+        with pytest.raises(ValueError, match="together are not a point set; use noise='philox'"):
             fastvae.log_marginal(x, q, decoder, k=100, likelihood="bernoulli", proposal=name, noise="qmc")
 
 
@@ -695,14 +695,14 @@ def test_a_point_set_is_not_drawn_in_rounds():
         (lambda: Adapted(most=0), "most must be at least 1"),
     ],
 )
-def test_options_that_do_not_fit(make, words):
+def test_invalid_options_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
     with pytest.raises(TypeError, match="df must be an int"):
         Adapted(df=2.5)
 
 
-def test_names_are_objects_with_their_defaults():
+def test_names_stand_for_objects_with_default_options():
     for name, kind in zip(NAMES, (Posterior, Defensive, Adapted), strict=True):
         assert proposals.as_proposal(name, "philox") == kind()
     with warnings.catch_warnings():

@@ -34,8 +34,8 @@ f32, bf16 = torch.float32, torch.bfloat16
 
 
 def compare(name, function, inputs, expected):
-    # The results of function(*inputs) and their gradients beside plain PyTorch's. ``expected`` makes of the
-    # gradients that arrive at the results what the results and the gradients of the inputs should be.
+    # Compare the results of function(*inputs) and their gradients with plain PyTorch's. ``expected`` maps the
+    # upstream gradients to the expected results and gradients of the inputs.
     def run():
         leaves = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
         results = function(*leaves)
@@ -238,13 +238,13 @@ def _run(target: str, *script: str, **variables: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_emitted_code(target):
+def test_emitted_code_is_accurate(target):
     """The emitted code is accurate to its own roundings, with the noise that is accurate to ulps."""
     _run(target, "-c", SCRIPT, FASTVAE_NOISE="accurate")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_fast_normals(target, tmp_path):
+def test_fast_normals_are_accurate(target, tmp_path):
     """Fast normals are within 1e-5 from the tail to the smallest radius, for the worst documented errors."""
     (tmp_path / "fast.py").write_text(FAST)
     _run(target, str(tmp_path / "fast.py"), FASTVAE_NOISE="fast")

@@ -84,7 +84,7 @@ def column_of(column):
     seed=st.integers(-(2**63), 2**63 - 1),
     data=st.data(),
 )
-def test_words_are_the_definition(sizes, count, seed, data):
+def test_words_equal_the_definition(sizes, count, seed, data):
     k0, b0 = data.draw(st.sampled_from([0, 5, 2**32 - 17])), data.draw(st.sampled_from([0, 2**31 - 3]))
     level = data.draw(st.sampled_from([0, 0, 1, 2**32 - 1]))
     seed = seeds(count, seed)
@@ -96,7 +96,7 @@ def test_words_are_the_definition(sizes, count, seed, data):
     assert torch.equal(triton_words.long() & MASK, words)
 
 
-def test_words_beyond_the_net():
+def test_words_beyond_the_net_depend_on_their_whole_index():
     """Words beyond the net's columns, and of late points, depend on all bits of their index."""
     seed = seeds(3)
     for start in (0, 5, 2**20, 2**32 - 17):
@@ -122,7 +122,7 @@ def test_normals_agree_to_ulps(backend, columns):
 
 @given(sizes=strategies.distinct_sizes(3, 33), data=st.data())
 @settings(max_examples=8)
-def test_a_part_is_that_part_of_the_whole(backend, sizes, data):
+def test_offsets_give_that_part_of_the_whole(backend, sizes, data):
     k0, b0 = (data.draw(st.integers(0, n - 1)) for n in sizes[:2])
     whole = random.normal(seeds(3), *sizes)
     part = random.normal(seeds(3), sizes[0] - k0, sizes[1] - b0, sizes[2], sample_offset=k0, row_offset=b0)
@@ -200,7 +200,7 @@ def test_estimates_of_p_are_unbiased(d, k):
 
 
 @pytest.mark.parametrize("d, least", [(2, 30.0), (8, 1.3)])
-def test_variance_is_smaller(d, least):
+def test_qmc_has_less_variance(d, least):
     """The mean squared error over 200 rows is smaller, for a fixed seed; docs/NOTES.md has the ratios."""
     plain = float(estimates(d, 200, 4096, "philox")[1].square().mean())
     even = float(estimates(d, 200, 4096, "qmc")[1].square().mean())
@@ -208,7 +208,7 @@ def test_variance_is_smaller(d, least):
 
 
 @pytest.mark.parametrize("k", [1000, 1024])
-def test_the_standard_error_covers(k):
+def test_confidence_intervals_cover(k):
     """95 % intervals of Student's t with seven degrees of freedom hold log p(x) in 95 % of 2000 rows."""
     result, error = estimates(3, 2000, k, "qmc")
     covered = float((error.abs() <= 2.3646 * result.log_px_stderr).double().mean())
@@ -219,7 +219,7 @@ def test_the_standard_error_covers(k):
 # The same numbers in any chunks and shards
 
 
-def test_chunks_and_rows_change_nothing(backend):
+def test_results_do_not_depend_on_chunks_and_rows(backend):
     x, q, decoder, _ = linear(3, batch=5, dtype=torch.float64)
 
     def run(rows, k_chunk, offset):
@@ -238,7 +238,7 @@ def test_chunks_and_rows_change_nothing(backend):
 
 
 @pytest.mark.parametrize("tol", [None, 1e-3])
-def test_evaluate_is_the_same_however_it_is_cut(tmp_path, tol):
+def test_evaluate_does_not_depend_on_the_split(tmp_path, tol):
     x, (mu, logvar), decoder, _ = linear(2, batch=7, dtype=torch.float64)
 
     class Encoder(torch.nn.Module):
@@ -350,7 +350,7 @@ def test_gradients_by_chunks(name, estimator):
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
-def test_the_composed_draw_has_the_fused_ops_gradients(estimator, monkeypatch):
+def test_composed_draws_have_the_gradients_of_the_fused_ops(estimator, monkeypatch):
     """The composed draw gives the fused ops' numbers if Philox words replace the net's."""
     x, (mu, logvar), decoder, _ = linear(3, batch=4, dtype=torch.float64)
 
@@ -368,7 +368,7 @@ def test_the_composed_draw_has_the_fused_ops_gradients(estimator, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_log_weights_are_those_of_iwae():
+def test_log_weights_equal_those_of_iwae():
     x, q, decoder, _ = linear(3, batch=4, dtype=torch.float64)
     options = {"k": 16, "likelihood": LIKELIHOOD, "noise": "qmc"}
     parts = fastvae.log_weights(x, q, decoder, generator=torch.Generator(DEVICE).manual_seed(2), **options)
@@ -378,7 +378,7 @@ def test_log_weights_are_those_of_iwae():
     torch.testing.assert_close(fastvae.ops.log_mean_exp(parts.log_likelihood + parts.log_ratio), bound)
 
 
-def test_a_family_of_the_users():
+def test_a_custom_family():
     class Shifted(Distribution):
         def __init__(self, mu):
             super().__init__()
@@ -406,7 +406,7 @@ def test_the_levels_of_a_hierarchy(merge, monkeypatch):
     sizes = (5, 4), (5 if merge else 7, 6), (2, 6)
     networks = [torch.nn.Linear(n, m, dtype=torch.float64) for n, m in sizes]
     if merge is None:
-        networks[1] = _Beside(networks[1])
+        networks[1] = _WithFeatures(networks[1])
     hierarchy = Hierarchy([
         Level(2, networks[0]), Level(3, networks[1], prior=networks[2], merge=merge)
     ])  # fmt: skip
@@ -427,7 +427,7 @@ def test_the_levels_of_a_hierarchy(merge, monkeypatch):
     torch.testing.assert_close(run("qmc"), plain, rtol=1e-10, atol=1e-12)
 
 
-class _Beside(torch.nn.Module):
+class _WithFeatures(torch.nn.Module):
     """Posterior of the features and the state above."""
 
     def __init__(self, linear):
@@ -472,7 +472,7 @@ def test_errors():
         random.normal(torch.zeros(0, dtype=torch.int64), 1, 1, 1)
 
 
-def test_estimates_go_over_the_randomisations():
+def test_estimates_treat_randomisations_as_samples():
     """Estimates treat randomisations as the samples.
 
     The jackknife leaves one randomisation out; the interval is Student's for light-tailed weights, and no
@@ -504,7 +504,7 @@ def test_estimates_go_over_the_randomisations():
     assert bool((narrow_high < wide_high[3:]).any()) and bool((narrow_high > wide_high[3:]).any())
 
 
-def test_students_quantiles():
+def test_quantiles_of_student_t():
     """Student's quantiles equal SciPy's, for even and odd degrees of freedom."""
     for level in (0.5, 0.95, 0.999):
         for degrees in range(1, 12):

@@ -76,7 +76,7 @@ def test_two_clusters_far_apart():
     assert torch.equal(index >= 20, torch.arange(60, device=z.device) >= 30)
 
 
-def test_the_first_of_equals():
+def test_ties_go_to_the_first_code():
     codebook = torch.tensor([[1.0], [-1.0], [1.0]], device=DEVICE)
     assert nearest_code(torch.tensor([[0.0], [2.0], [-3.0]], device=DEVICE), codebook).tolist() == [0, 0, 1]
 
@@ -135,7 +135,7 @@ def test_the_reconstruction_does_not_move_the_codebook():
     assert grad is None
 
 
-def test_moving_averages_are_the_papers():
+def test_moving_averages_equal_the_paper():
     """Moving averages equal the paper's sums m and counts N, over batches of several sizes."""
     vq = quantizer(decay=0.7).train()
     start = vq.codebook.clone()
@@ -172,7 +172,7 @@ def test_moving_averages_far_from_the_origin():
     torch.testing.assert_close(vq.codebook.double(), exact, rtol=0, atol=3 * 2**-14)
 
 
-def test_unused_codes_stay_for_ever():
+def test_unused_codes_stay_unchanged():
     """Unused codes stay: after enough steps for 0.5^t to underflow, nothing is NaN, and a code may return."""
     vq = quantizer(2, 1, dtype=torch.float32, decay=0.5).train()
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_unused_codes_stay_for_ever():
 
 
 @pytest.mark.parametrize("how", ["eval", "no_grad", "encode", "inference"])
-def test_nothing_moves_outside_of_training(how):
+def test_the_codebook_is_fixed_outside_of_training(how):
     vq, z_e = quantizer(restart=1), encoded(*SPATIAL)
     before = copy.deepcopy(vq.state_dict())
     if how == "encode":
@@ -244,7 +244,7 @@ def test_restart(decay):
     indices = vq(rows).indices
     assert bool(((vq.codebook - near).norm(dim=1) < 0.1).all())
     if decay is not None:
-        # The previous codes have no weight.
+        # The previous codes have zero weight.
         used = indices.unique()
         count = torch.bincount(indices, minlength=4)[used]
         anew = used > 0
@@ -253,7 +253,7 @@ def test_restart(decay):
     assert vq.perplexity(vq.encode(rows)) > 1
 
 
-def test_restart_with_nothing_to_draw_from():
+def test_restart_with_an_empty_batch():
     vq = quantizer(restart=1).train()
     before = vq.codebook.clone()
     vq(encoded(*SPATIAL, batch=0))
@@ -286,7 +286,7 @@ def test_prior_decode_and_usage():
     assert bool(vq.perplexity(indices[:0]).isnan())
 
 
-def test_the_bound_is_one():
+def test_the_bound_is_below_log_px():
     """log p(x|z_q) + log p(k) <= log p(x), a sum for one position and few codes."""
     vq = quantizer(decay=None)
     x = randn(B, D, seed=53, dtype=torch.float64)
@@ -361,7 +361,7 @@ def test_empty(decay, shape):
     )
 
 
-def test_what_is_not_a_number_shows():
+def test_nan_and_infinity_propagate():
     vq, z_e = quantizer().eval(), encoded(*SPATIAL).detach()
     z_e[1, 0, 1, 2], z_e[2, 1, 0, 0] = math.nan, math.inf
     z_q, loss, _ = vq(z_e)

@@ -129,7 +129,7 @@ def test_chunks_shards_and_threads_give_the_same_bits(backend):
     assert torch.equal(whole[..., :5], fastvae.random.normal(3, 6, 7, 5, device=DEVICE))
 
 
-def test_levels_have_noise_of_their_own(backend):
+def test_levels_have_different_noise(backend):
     """Level 0 is that of the sampling ops, and levels share no noise."""
     levels = [fastvae.random.normal(3, 6, 7, 9, level=n, device=DEVICE) for n in range(3)]
     zeros = torch.zeros(7, 9, device=DEVICE)
@@ -160,7 +160,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_torch_manual_seed_rules():
+def test_torch_manual_seed_determines_the_noise():
     torch.manual_seed(5)
     first = fastvae.random.draw_seed()
     second = fastvae.random.draw_seed()

@@ -49,7 +49,7 @@ RESULTS = {
     "Evaluation": _evaluation,
     "Audit": lambda vae, x: _evaluation(vae, x, audit=1).audit,
 }
-# Those of functions of tensors.
+# Results of functions of tensors.
 TRACED = ("LogMarginal", "Marginal")
 
 

@@ -136,7 +136,7 @@ def test_reduce(backend, case):
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 @pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
-def test_it_is_what_the_ops_give(backend, likelihood, over):
+def test_equals_the_separate_ops(backend, likelihood, over):
     """Bound and gradients equal those of the separate log_prob, sum and reductions."""
     k, b, size = 5, 3, 7
     x, log_ratio = rand(b, size, seed=1), randn(k, b, seed=2)
@@ -157,7 +157,7 @@ def test_it_is_what_the_ops_give(backend, likelihood, over):
 
 @pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
 @pytest.mark.parametrize("axes", [1, 2])
-def test_a_beta_for_each_row(backend, over, axes):
+def test_a_beta_per_row(backend, over, axes):
     """A beta per row works for more rows than are reduced at a time, and a term that is not contiguous."""
     k, b, size = 3, 150, 2
     term = randn(*((k, b) if axes == 2 else (b,)), 2, seed=3)[..., 0]
@@ -174,7 +174,7 @@ def test_a_beta_for_each_row(backend, over, axes):
         assert_accurate(*result)
 
 
-def test_a_term_that_leaves_no_weight(backend):
+def test_a_term_of_minus_infinity(backend):
     """A row's term of minus infinity gives that bound, and zero gradients."""
     x, logits = rand(2, 3, seed=1), randn(4 * 2, 3, seed=2).requires_grad_()
     term = torch.tensor([-math.inf, 0.5], device=DEVICE, requires_grad=True)
@@ -200,7 +200,7 @@ def test_more_samples_than_a_tile(backend, order):
     torch.testing.assert_close(grad.double(), torch.softmax(ratio, 0), rtol=2e-4, atol=1e-7)
 
 
-def test_edges(backend):
+def test_weights_of_zero_infinity_and_nan(backend):
     """Samples and rows of weight zero, infinity and NaN are treated as in log_mean_exp."""
     x, logits = torch.ones(4, 2, device=DEVICE), torch.zeros(3 * 4, 2, device=DEVICE, requires_grad=True)
     ratio = torch.zeros(3, 4, device=DEVICE)
@@ -215,7 +215,7 @@ def test_edges(backend):
     assert grad_logits.view(3, 4, 2)[:, 0].isfinite().all()
 
 
-def test_weights_of_denormal_size_are_none(backend):
+def test_denormal_weights_are_flushed_to_zero(backend):
     """Denormal weights are flushed to zero: they would slow the decoder's backward pass many times."""
     ratio = torch.tensor([[0.0], [-95.0], [-87.0]], device=DEVICE, requires_grad=True)
     x, logits = torch.ones(1, 3, device=DEVICE), torch.zeros(3, 3, device=DEVICE, requires_grad=True)
@@ -224,7 +224,7 @@ def test_weights_of_denormal_size_are_none(backend):
     assert grad[0] == 1e-2 and grad[1] == 0 and grad[2] == 0
 
 
-def test_gradients_that_nobody_asks_for(backend):
+def test_any_subset_of_gradients(backend):
     """Gradients of one parameter, the term or the mean log-likelihood alone equal those of all."""
     k, b, size = 3, 4, 5
     x, mean, logvar = rand(b, size, seed=1), randn(k * b, size, seed=2), randn(size, seed=3)
@@ -286,7 +286,7 @@ def _likelihood(form, batch, kind=None):
     return (kind or Gaussian)(scale, learned=form.startswith("learned")).to(DEVICE)
 
 
-def _by_itself(own):
+def _as_custom(own):
     """Return the likelihood as a user's class, whose bound comes from its log_prob."""
 
     class Own(own):
@@ -304,7 +304,7 @@ def test_every_form_of_a_likelihood(backend, form, objective):
     x, mu, logvar = rand(batch, *EVENT, seed=1), randn(batch, latent, seed=2), randn(batch, latent, seed=3)
     weight = randn(latent, 6, seed=4)
     results = []
-    for wrap in (lambda kind: kind, _by_itself):
+    for wrap in (lambda kind: kind, _as_custom):
         kind = wrap(Bernoulli if form == "bernoulli" else Gaussian)
         likelihood = _likelihood(form, batch, kind)
         leaves = [t.clone().requires_grad_() for t in (x, mu, logvar, weight)] + list(likelihood.parameters())
@@ -329,7 +329,7 @@ def test_every_form_of_a_likelihood(backend, form, objective):
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", Gaussian(0.5)])
-def test_an_event_of_one_number(backend, likelihood):
+def test_scalar_events(backend, likelihood):
     """x [B] is treated as [B, 1]."""
     x, mu, logvar, weight = rand(5, seed=1), randn(5, 3, seed=2), randn(5, 3, seed=3), randn(3, seed=4)
 
@@ -345,7 +345,7 @@ def test_an_event_of_one_number(backend, likelihood):
 
 
 @pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3)])
-def test_a_scale_keeps_its_digits_beside_a_decoder_in_half_precision(backend, scale):
+def test_a_scale_stays_accurate_with_a_half_precision_decoder(backend, scale):
     x, q = rand(4, 7, seed=1), (torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 3, device=DEVICE))
     likelihood = Gaussian(scale).to(DEVICE)
     mean = torch.zeros(4, 7, dtype=torch.bfloat16, device=DEVICE)
@@ -354,7 +354,7 @@ def test_a_scale_keeps_its_digits_beside_a_decoder_in_half_precision(backend, sc
     torch.testing.assert_close(bound.double(), exact, rtol=1e-6, atol=1e-5)
 
 
-def test_a_subclass_is_asked_for_its_own_log_prob():
+def test_a_subclass_uses_its_own_log_prob():
     class Half(Bernoulli):
         def log_prob(self, x, parameters):
             return 0.5 * super().log_prob(x, parameters)
@@ -371,7 +371,7 @@ def test_a_subclass_is_asked_for_its_own_log_prob():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_terms_are_those_of_the_bound(backend, reduction):
+def test_terms_add_up_to_the_bound(backend, reduction):
     """bound = log-likelihood - beta KL, [B], each with its gradient, for any reduction."""
     x, mu, logvar = rand(4, 7, seed=1), randn(4, 3, seed=2), randn(4, 3, seed=3)
     weight = randn(3, 7, seed=4).requires_grad_()
@@ -389,7 +389,7 @@ def test_terms_are_those_of_the_bound(backend, reduction):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_beta_that_is_learned_gets_its_gradient(backend):
+def test_a_learned_beta_gets_a_gradient(backend):
     x, q = rand(4, 7, seed=1), (randn(4, 3, seed=2), randn(4, 3, seed=3))
     weight, beta = randn(3, 7, seed=4), torch.tensor(0.3, device=DEVICE, requires_grad=True)
     options = {"likelihood": "bernoulli", "reduction": "sum"}
@@ -398,7 +398,7 @@ def test_a_beta_that_is_learned_gets_its_gradient(backend):
     torch.testing.assert_close(torch.autograd.grad(bound, beta)[0], -kl.sum())
 
 
-def test_no_second_derivatives():
+def test_second_derivatives_raise():
     logits = torch.zeros(4, 7, device=DEVICE, requires_grad=True)
     bound, _ = reduce("bernoulli", rand(4, 7, seed=1), (logits,), reduction="sum")
     (grad,) = torch.autograd.grad(bound, logits, create_graph=True)
@@ -407,13 +407,13 @@ def test_no_second_derivatives():
 
 
 @pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
-def test_the_likelihoods_mean_beside_a_log_mean_exp_has_no_gradient(backend, over):
+def test_the_mean_log_likelihood_of_a_log_mean_exp_has_no_gradient(backend, over):
     x, logits = rand(4, 7, seed=1), randn(3 * 4, 7, seed=2).requires_grad_()
     bound, mean = reduce("bernoulli", x, (logits,), over=over, terms=True)
     assert bound.requires_grad and mean.requires_grad == (over == "mean")
 
 
-def test_gradients_are_of_their_inputs_dtypes(backend):
+def test_gradients_have_the_dtypes_of_their_inputs(backend):
     """The ops' gradients have their inputs' dtypes, before autograd's cast could hide an error."""
     b, k, x = 4, 3, 5
     data, mean = rand(b, x, seed=1), randn(k * b, x, seed=2)
@@ -432,7 +432,7 @@ def test_gradients_are_of_their_inputs_dtypes(backend):
                 assert not n or (g.dtype == t.dtype and g.shape == t.shape)
 
 
-def test_what_is_kept_has_no_gradient(backend):
+def test_saved_buffers_have_no_gradient(backend):
     """Buffers saved for the backward pass, results of the dispatcher's ops, have no gradient."""
     mu, logvar = (randn(4, 3, seed=s).requires_grad_() for s in (1, 2))
     seed, logits = torch.tensor(3, device=DEVICE), randn(8, 5, seed=4).requires_grad_()

@@ -59,7 +59,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_it_prints_as_the_call_that_made_it(call):
+def test_repr_is_the_constructor_call(call):
     made = eval(call, NAMES)  # noqa: S307
     assert repr(made) == call
     assert repr(eval(repr(made), NAMES)) == call  # noqa: S307
@@ -80,7 +80,7 @@ def test_it_prints_as_the_call_that_made_it(call):
         ),
     ],
 )
-def test_it_says_what_was_set(make, words):
+def test_repr_shows_the_options(make, words):
     assert words in repr(make())
 
 
@@ -118,12 +118,12 @@ DISTRIBUTIONS = {
 
 
 @pytest.mark.parametrize("shown", DISTRIBUTIONS)
-def test_distributions_print_what_was_set(shown):
+def test_repr_of_distributions(shown):
     """Posteriors and priors print tensors by dtype and shape, and whether they are learned."""
     assert repr(DISTRIBUTIONS[shown]()) == shown
 
 
-def test_priors_with_modules_print_them():
+def test_repr_of_priors_with_modules():
     encoder, inputs = nn.Linear(7, 6), nn.Parameter(torch.rand(9, 7))
     vamp = repr(VampPrior(encoder, inputs, torch.zeros(9)))
     assert "logits=float32 [9]" in vamp and "pseudo_inputs=learned float32 [9, 7]" in vamp
@@ -139,14 +139,14 @@ def test_priors_with_modules_print_them():
     assert "pseudo_inputs=learned float32 [9, 7]" in repr(vae)
 
 
-def test_a_learned_scale_prints_as_it_is_now():
+def test_repr_shows_the_current_learned_scale():
     likelihood = Gaussian(scale=0.1, learned=True)
     with torch.no_grad():
         likelihood.log_scale.add_(1)
     assert repr(likelihood) == "Gaussian(scale=0.271828, learned=True)"
 
 
-def test_the_columns_of_info_do_not_run_together(capsys):
+def test_columns_of_info_are_separated(capsys):
     assert main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("ops "))
@@ -159,7 +159,7 @@ def test_the_columns_of_info_do_not_run_together(capsys):
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("triton", [False, True])
-def test_info_says_what_a_gpu_would_run(monkeypatch, capsys, gpu, triton):
+def test_info_names_the_backend_on_a_gpu(monkeypatch, capsys, gpu, triton):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr("fastvae.core.backend.has_triton", lambda: triton)

@@ -95,7 +95,7 @@ def test_results_may_be_modified_in_place(backend, name):
         torch.testing.assert_close(f, e + (0 if g is None else g) + more)
 
 
-# Axes other than [K, N] are reshaped by PyTorch, forth and back.
+# Axes other than [K, N] are reshaped by PyTorch, and the results back.
 @pytest.mark.parametrize("name", [n for n in CASES if n not in (f"log-mean-exp of {s}" for s in RESHAPED)])
 @pytest.mark.parametrize("grad", [True, False])
 def test_kernels_return_no_views(name, grad):

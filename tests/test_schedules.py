@@ -45,13 +45,13 @@ def test_values(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ends_are_met_and_stay(name):
+def test_the_final_value_is_reached_and_kept(name):
     beta, expected = CASES[name]
     last = torch.tensor(expected[-1]).float()
     assert torch.equal(beta(10**6), last) and torch.equal(beta(torch.tensor(2**40)), last)
 
 
-def test_an_objective_takes_them():
+def test_objectives_accept_schedules():
     x, weight = rand(B, X, seed=2).round(), randn(D, X, seed=3)
     q = randn(B, 2 * D, seed=4)
     beta, expected = CASES["linear"]
@@ -65,7 +65,7 @@ def test_an_objective_takes_them():
 
 @pytest.mark.parametrize("of_tensors", [False, True], ids=["int", "tensor"])
 @pytest.mark.parametrize("name", CASES)
-def test_they_are_compiled_once(name, of_tensors):
+def test_schedules_compile_once(name, of_tensors):
     """Schedules called outside the compiled step, or in it with a tensor step, compile once."""
     torch._dynamo.reset()
     x, weight, seen = rand(B, X, seed=2).round(), randn(D, X, seed=3), []

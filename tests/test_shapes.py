@@ -151,7 +151,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_latent_shapes(backend, shape):
+def test_normal_diagonal_shapes(backend, shape):
     k, b, d = shape
     mu, logvar, grad_kl = (torch.randn(b, d, device=DEVICE) for _ in range(3))
     case = {
@@ -179,7 +179,7 @@ def test_likelihood_shapes(backend, shape, likelihood):
 
 
 @pytest.mark.parametrize("k, n", [(5001, 1), (3000, 3), (1, 3000), (2, 16_501), (600, 17)])
-def test_importance_shapes(backend, k, n):
+def test_log_mean_exp_shapes(backend, k, n):
     """Samples split over programs work, with -inf, inf and NaN in some columns."""
     log_w = 30 * torch.randn(k, n, device=DEVICE)
     log_w[-1, 0] = -math.inf
@@ -189,6 +189,6 @@ def test_importance_shapes(backend, k, n):
         log_w[k // 2, 3] = math.nan
     bound, (name, *weights) = test_logsumexp.results((log_w, torch.randn(n, device=DEVICE)))
     assert_accurate(*bound)
-    # Other weights in a column with an infinite one are unspecified, but NaN affects only its own column.
+    # In a column with an infinite weight the others are unspecified; NaN affects only its own column.
     columns = [i for i in range(n) if n <= 5 or i != 2]
     assert_accurate(name, *(t[:, columns] for t in weights))

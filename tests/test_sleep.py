@@ -20,7 +20,7 @@ N, D, X = 6, 3, 7
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
-def test_it_is_the_density_of_the_latents_it_drew(backend, likelihood):
+def test_the_objective_is_the_density_of_the_drawn_latents(backend, likelihood):
     encoder, decoder = networks(X, D, likelihood, dtype=torch.float64)
     noise = generator(1)
     z = StandardNormal().sample(N, dim=D, device=DEVICE, generator=noise).double()
@@ -44,7 +44,7 @@ def test_it_is_the_density_of_the_latents_it_drew(backend, likelihood):
     assert all(p.grad is None for p in decoder.parameters())
 
 
-def test_it_finds_the_exact_posterior():
+def test_training_finds_the_exact_posterior():
     """The sleep phase finds the exact posterior of a linear-Gaussian model.
 
     With fixed noise it is a least-squares problem, whose solution is within six standard errors of the truth.
@@ -81,7 +81,7 @@ def test_it_finds_the_exact_posterior():
     assert bool(((log_variance - logvar[0]).abs() < 6 * math.sqrt(2 / n)).all())
 
 
-def test_of_a_vae():
+def test_sleep_of_a_vae():
     encoder, decoder = networks(X, D, "bernoulli")
     vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli", latent_dim=D)
     expected = fastvae.sleep(

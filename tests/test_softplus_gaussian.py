@@ -57,7 +57,7 @@ def test_any_variance(backend, dtype, floor):
                 assert abs(number - e) <= bound + 16 * u * size * cancels, (name, row)
 
 
-def test_what_has_no_bound(backend):
+def test_infinite_raw_values_and_floors(backend):
     """Infinite raw values and floors give numbers; NaN gives NaN."""
     x = torch.full((1, 1), 0.5, device=DEVICE)
     for raw, log_floor in (
@@ -78,7 +78,7 @@ def test_what_has_no_bound(backend):
 
 
 @pytest.mark.parametrize("floor", [0.0, 1e-4, 0.5])
-def test_it_is_a_gaussian(backend, floor):
+def test_equals_a_gaussian(backend, floor):
     likelihood = Gaussian(scale="softplus", floor=floor)
     assert type(likelihood) is SoftplusGaussian and isinstance(likelihood, Gaussian)
     assert pickle.loads(pickle.dumps(likelihood)).floor == likelihood.floor == floor

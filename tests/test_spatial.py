@@ -128,7 +128,7 @@ def pair(mu, logvar):
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "reconstruction_log_prob"])
-def test_every_objective_is_that_of_flat_latents(name, backend):
+def test_every_objective_equals_that_of_flat_latents(name, backend):
     if name in OBJECTIVES:
         equal(both(OBJECTIVES[name], pair, DiagonalNormal))
         equal(both(OBJECTIVES[name], pair))
@@ -198,7 +198,7 @@ def test_every_form_of_prior(name):
         equal(both(run, pair, PRIORS[name]))
 
 
-def test_a_flat_prior_serves_as_well():
+def test_a_flat_prior_is_accepted():
     """A flat learned prior [D], as in older checkpoints of decoders with an Unflatten, works too."""
     x, (mu, logvar), m, s = rand(B, X, seed=6), parameters(), randn(D, seed=3), randn(B, D, seed=4)
     values = [
@@ -247,7 +247,7 @@ def test_a_conditional_prior(flat):
     assert found == expected
 
 
-def test_priors_of_the_users_own_see_flat_z():
+def test_custom_priors_get_flat_z():
     came = []
 
     class Prior(Distribution):
@@ -261,7 +261,7 @@ def test_priors_of_the_users_own_see_flat_z():
     assert set(came) == {(K, B, D), (2, B, D)} and decoder.came == [(K * B, *LATENT)]
 
 
-def test_posteriors_of_the_users_own_name_the_shape():
+def test_custom_posteriors_declare_the_shape():
     class Posterior(Distribution):
         batch, device, latent = B, DEVICE, LATENT
         dims = D
@@ -303,7 +303,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("as_q", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_log_weights_are_those_of_torch(name, as_q):
+def test_log_weights_equal_torch(name, as_q):
     mu, logvar = (t.detach().double() for t in parameters())
     usual = td.Normal(mu, (0.5 * logvar).exp())
     if as_q:
@@ -332,7 +332,7 @@ def test_log_weights_are_those_of_torch(name, as_q):
 
 
 @pytest.mark.parametrize("family", ELEMENTWISE, ids=lambda family: family.__name__)
-def test_a_flattened_family_is_itself(family):
+def test_a_flattened_family_keeps_its_type(family):
     """A flattened family is rebuilt from its parameters, its constructor's arguments by name."""
     names = ("high", "low") if family is td.Uniform else sorted(family.arg_constraints)
     d = family(**{name: i + rand(C, 1, 1, seed=i) + 0.1 for i, name in zip((2, 1, 3), names, strict=False)})
@@ -344,7 +344,7 @@ def test_a_flattened_family_is_itself(family):
 
 
 @pytest.mark.filterwarnings("error")
-def test_closed_forms_of_torch_serve():
+def test_closed_forms_of_torch_are_used():
     x, (mu, logvar) = rand(B, X, seed=6), parameters()
     q, p = td.Laplace(mu, logvar.exp()), td.Laplace(randn(C, 1, 1, seed=3), 1.0)
     terms = fastvae.elbo(x, td.Independent(q, 3), Decoder(), prior=p, terms=True, **BERNOULLI)
@@ -459,7 +459,7 @@ def test_a_wrong_latent_dim(latent, exception, words):
         convolutional(latent_dim=latent)
 
 
-def test_evaluate_is_that_of_flat_latents(tmp_path):
+def test_evaluate_equals_that_of_flat_latents(tmp_path):
     x = rand(23, 1, 5, 7, seed=1)
     vae = convolutional()
 
@@ -497,7 +497,7 @@ def test_evaluate_is_that_of_flat_latents(tmp_path):
     assert torch.equal(torch.as_tensor(first.log_px), torch.as_tensor(again.log_px))
 
 
-def test_a_decoder_whose_last_layer_is_left_out():
+def test_a_decoder_with_a_fused_last_layer():
     """A decoder that flattens z, with an output large enough, fuses its last layer."""
     b, features, k = 40, 400, 50
     with torch.random.fork_rng(devices=[]):
@@ -514,7 +514,7 @@ def test_a_decoder_whose_last_layer_is_left_out():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.detach().abs().max()))
 
 
-def test_a_step_that_is_graphed():
+def test_a_graphed_step():
     vae = convolutional()
     optimizer = torch.optim.SGD(vae.parameters(), 0.1)
 
@@ -565,14 +565,14 @@ def test_compiled(name, prior):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_an_error_inside_the_decoder_tells_how_z_came():
+def test_an_error_in_the_decoder_shows_the_shape_of_z():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         fastvae.elbo(rand(B, X, seed=6), parameters(), nn.Linear(D, X).to(DEVICE), **BERNOULLI)
     if hasattr(caught.value, "__notes__"):  # Python 3.11
         assert "z [N, *latent] = [5, 4, 2, 3]" in caught.value.__notes__[0]
 
 
-def test_latents_of_one_axis_more():
+def test_latents_of_one_extra_axis():
     """Latents may have one extra axis, [B, 2 C, L], as for sequences."""
     x, q = rand(B, X, seed=6), randn(B, 2 * C, 5, seed=1)
     came = []
@@ -584,7 +584,7 @@ def test_latents_of_one_axis_more():
     assert fastvae.elbo(x, q, decoder, k=2, **BERNOULLI).isfinite() and came == [(2 * B, C, 5)]
 
 
-def test_a_latent_dim_of_one_axis_is_its_number():
+def test_a_latent_dim_of_one_axis_equals_an_int():
     """latent_dim=(D,) is equivalent to latent_dim=D."""
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(X, 6).to(DEVICE), nn.Linear(3, X).to(DEVICE)
@@ -601,7 +601,7 @@ def test_an_empty_batch(backend):
     assert fastvae.iwae(x, q, Decoder(), k=K, reduction="none", **BERNOULLI).shape == (0,)
 
 
-def test_words_of_flattened_latents():
+def test_moments_of_flattened_latents():
     """Moments of a posterior [B, *latent] are flat, and its entropy is summed over all latents."""
     loc, scale = randn(B, *LATENT, seed=1), randn(B, *LATENT, seed=2).exp()
     root = torch.diag_embed(scale)

@@ -65,7 +65,7 @@ def test_any_degrees_of_freedom(backend, dtype, full, df):
             assert abs(float(got.detach()) - e) <= 24 * u * size, (name, value)
 
 
-def test_the_normal_distribution_is_its_limit(backend):
+def test_the_limit_is_the_normal_distribution(backend):
     """The normal distribution is the limit, also where e^log_df overflows."""
     x, location, log_scale = randn(4, 7, seed=1), randn(3, 4, 7, seed=2), 0.3 * randn(3, 4, 7, seed=3)
     normal = ops.gaussian_log_prob(x, location, 2 * log_scale)
@@ -76,7 +76,7 @@ def test_the_normal_distribution_is_its_limit(backend):
 
 @pytest.mark.parametrize("columns", [1, 500])
 @pytest.mark.parametrize("x, white", [(2e19, 2e19), (1e30, 1e30), (-3e38, -3e38), (math.inf, math.inf)])
-def test_squares_that_are_no_number(backend, columns, x, white):
+def test_squares_that_overflow(backend, columns, x, white):
     """log p is finite where the square of (x - location) / s overflows."""
     data = torch.zeros(1, columns, device=DEVICE)
     data[0, -1] = x
@@ -90,7 +90,7 @@ def test_squares_that_are_no_number(backend, columns, x, white):
     assert df == pytest.approx(slope + 1 + log_df, rel=1e-5)
 
 
-def test_a_square_that_is_no_number_lets_nan_through(backend):
+def test_nan_reaches_values_and_gradients(backend):
     for at in range(4):
         values = [torch.full((1, 1), 0.5, device=DEVICE) for _ in range(4)]
         values[at].fill_(math.nan)
@@ -112,7 +112,7 @@ HELD = {
 
 
 @pytest.mark.parametrize("form", HELD)
-def test_what_the_likelihood_holds(backend, form):
+def test_parameters_fixed_or_learned_in_the_likelihood(backend, form):
     """The likelihood's fixed or learned parameters act as the op's, fused and by log_prob, with gradients."""
     options, returned = HELD[form]
     options = {n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in options.items()}

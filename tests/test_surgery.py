@@ -54,7 +54,7 @@ def written_out(q, z, prior):
     return pairs.diagonal().T.sum(1), torch.logsumexp(pairs.sum(2), 1) - log_n, each, prior.log_prob(z)
 
 
-def test_they_are_their_sums(backend):
+def test_terms_equal_the_written_out_sums(backend):
     mu, logvar = parameters()
     found = fastvae.diagnostics.latents(model(mu, logvar), data(), batch_size=17, generator=generator(3))
     seed = fastvae.random.draw_seed(DEVICE, generator(3))
@@ -75,7 +75,7 @@ def test_they_are_their_sums(backend):
     assert f"{found.mutual_information:.3f} ± " in str(found)
 
 
-def test_posteriors_that_do_not_overlap_say_all_there_is_to_know():
+def test_mutual_information_of_disjoint_posteriors_is_log_n():
     """For distant posteriors the mutual information is log N; for equal ones it is 0."""
     mu = 100 * torch.arange(N, dtype=torch.float64, device=DEVICE)[:, None].expand(N, D)
     zeros = torch.zeros(N, D, dtype=torch.float64, device=DEVICE)
@@ -115,7 +115,7 @@ def test_marginals_of_full_covariances():
     assert low.total_correlation == pytest.approx(0, abs=1e-6)
 
 
-def test_what_is_not_known_is_none_and_not_said():
+def test_unknown_terms_are_none_and_not_printed():
     mu, logvar = parameters()
     vae = model(mu, logvar, family=Laplace, prior=Laplace(mu[0], logvar[0]))
     found = fastvae.diagnostics.latents(vae, data(), examples=7)

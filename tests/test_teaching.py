@@ -40,7 +40,7 @@ KEYWORDS = {
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
-def test_unknown_keywords_say_what_was_meant(name):
+def test_unknown_keywords_suggest_the_intended_one(name):
     call, parts = KEYWORDS[name]
     with pytest.raises(TypeError) as error:
         call()
@@ -67,14 +67,14 @@ def test_unknown_keywords_say_what_was_meant(name):
         ({"objective": "iwae", "noise": "sobol"}, "qmc"),
     ],
 )
-def test_unknown_names_say_what_was_meant(arguments, meant):
+def test_unknown_names_suggest_the_intended_one(arguments, meant):
     with pytest.raises(ValueError, match=rf"did you mean '{meant}'\?"):
         if "likelihood" in arguments or "prior" in arguments:
             fastvae.elbo(x, q, decoder, **arguments)
         vae(x, **arguments)
 
 
-def test_signatures_are_still_those_of_the_functions():
+def test_signatures_are_preserved():
     """Editors and other readers of signatures see through the wrapper."""
     assert next(iter(inspect.signature(fastvae.elbo).parameters)) == "x"
     assert "scale" in inspect.signature(Gaussian.__init__).parameters
@@ -104,7 +104,7 @@ NOTES = {
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11")
 @pytest.mark.parametrize("name", NOTES)
-def test_errors_of_users_functions_say_what_they_were_called_with(name):
+def test_errors_in_user_functions_show_their_arguments(name):
     call, parts = NOTES[name]
     with pytest.raises((RuntimeError, TypeError)) as error:
         call()
@@ -112,7 +112,7 @@ def test_errors_of_users_functions_say_what_they_were_called_with(name):
     assert all(part in notes for part in parts), notes
 
 
-def test_compiled_calls_go_without_a_graph_break():
+def test_compiled_calls_have_no_graph_break():
     def step(x, mu, logvar):
         return fastvae.iwae(x, (mu, logvar), decoder, k=3, likelihood="bernoulli", reduction="sum")
 
@@ -124,7 +124,7 @@ def test_compiled_calls_go_without_a_graph_break():
     torch.testing.assert_close(found, step(x, mu, logvar))
 
 
-def test_a_name_is_found_in_its_module():
+def test_missing_names_suggest_their_module():
     for name, place in (
         ("Bernoulli", "use fastvae.likelihoods.Bernoulli$"),
         ("Laplace", "use fastvae.likelihoods.Laplace or fastvae.distributions.Laplace$"),

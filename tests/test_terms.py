@@ -89,7 +89,7 @@ def test_losses_on_draws_and_outputs_train_as_in_plain_autograd(name, backend):
 
 
 @pytest.mark.parametrize("family", ["full", "laplace", "latents of a shape", "float16", "mixture"])
-def test_draws_are_those_that_the_decoder_gets(family):
+def test_z_is_the_input_of_the_decoder(family):
     x, (mu, logvar, weight), _ = model()
     came = []
 
@@ -120,7 +120,7 @@ def test_draws_are_those_that_the_decoder_gets(family):
         assert torch.equal(terms.output, z.double().flatten(1) @ weight)
 
 
-def test_the_output_is_as_the_decoder_returned_it():
+def test_output_is_as_the_decoder_returned_it():
     x, (mu, logvar, weight), _ = model()
     last = {}
 
@@ -133,7 +133,7 @@ def test_the_output_is_as_the_decoder_returned_it():
     assert all(a is b for a, b in zip(terms.output, last["output"].values(), strict=True))
 
 
-def test_a_last_layer_is_multiplied_out():
+def test_output_includes_a_fused_last_layer():
     """The output is the real one with FusedHead, and with a VAE that would fuse the last layer."""
     features, rows = 300, 40
     x = rand(rows, features, seed=1).round()
@@ -159,7 +159,7 @@ NONE = {
 
 
 @pytest.mark.parametrize("name", NONE)
-def test_there_are_no_draws_where_a_loss_on_them_would_not_reach_q(name):
+def test_draws_are_omitted_where_a_loss_would_not_reach_q(name):
     x, (mu, logvar, _), decoder = model()
     options = {"objective": IWAE(), **NONE[name]}
     terms = fastvae.bound(x, (mu, logvar), decoder, k=K, terms=True, **options, **BERNOULLI)

@@ -66,7 +66,7 @@ def test_threads_do_not_see_each_others_backend():
     assert not wrong
 
 
-def test_a_new_thread_has_the_default_and_a_context_carries_the_choice():
+def test_new_threads_use_the_default_and_contexts_carry_the_choice():
     default = _backend.chosen()
     other = next(name for name in PAIR if name != default)
     with fastvae.use_backend(other):
@@ -123,7 +123,7 @@ def test_backward_follows_forward(forward, backward, where):
 
 
 @pytest.mark.skipif(CUDA, reason="Triton's interpreter is chosen before triton is imported")
-def test_chunks_are_made_again_on_the_backend_of_the_forward_pass():
+def test_chunks_are_recomputed_on_the_backend_of_the_forward_pass():
     """Checkpointed chunks are recomputed on the forward pass's backend, in a thread without a choice."""
     linear = torch.nn.Linear(4, 6)
     mu, logvar, x = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4), torch.rand(5, 6)
@@ -142,7 +142,7 @@ def test_chunks_are_made_again_on_the_backend_of_the_forward_pass():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signgam is a variable of glibc")
 @pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial", "beta"])
-def test_signgam_is_left_alone(likelihood):
+def test_signgam_is_unchanged(likelihood):
     """The global signgam, which C's lgamma writes and another thread may be reading, is unchanged."""
     signgam = ctypes.c_int.in_dll(ctypes.CDLL("libm.so.6"), "signgam")
     x = cases.data(likelihood, 4, 5, seed=1, dtype=torch.float64).cpu()
@@ -180,7 +180,7 @@ sys.exit(not done)
 """
 
 
-def test_a_small_stack():
+def test_a_small_stack_suffices():
     """A stack of 512 KiB, as for threads on macOS, suffices for the largest frames, in float64."""
     done = subprocess.run([sys.executable, "-c", SMALL_STACK], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])

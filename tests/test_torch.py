@@ -160,7 +160,7 @@ def _reduce_arguments(op: str):
         yield grad, mean, weights, x, *parameters, term, factor, *how, need
 
 
-def _grouped_arguments(op: str):
+def _components_arguments(op: str):
     """Yield argument lists of float and integer classes, enough for the C++ or not, and of mixtures."""
     backward = op.endswith("_backward")
 
@@ -217,7 +217,7 @@ def _arguments(op: str):
     elif op.startswith("rsample"):
         yield from _backward_arguments(op) if op.endswith("_backward") else _latent_arguments(op)
     elif op.startswith(("categorical", "discretized_logistic_mixture")):
-        yield from _grouped_arguments(op)
+        yield from _components_arguments(op)
     elif op.startswith(("linear_log_prob", "reduce_linear")):
         yield from _head_arguments(op)
     elif op.startswith(tuple(LIKELIHOODS)):
@@ -406,7 +406,7 @@ def gradcheck(function, inputs) -> bool:
 
 @pytest.mark.parametrize("prior", ["standard", "row", "full"])
 @pytest.mark.parametrize("implementation", ["native", "reference"])
-def test_gradcheck_of_the_latent_ops(implementation, prior):
+def test_gradcheck_of_the_sampling_ops(implementation, prior):
     mu, logvar = _double(B, D, seed=20), _double(B, D, seed=21)
     shape = {"row": (D,), "full": (B, D)}.get(prior)
     parts = () if shape is None else (_double(*shape, seed=22), _double(*shape, seed=23))
@@ -561,7 +561,7 @@ def _scalar(function, *inputs):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_gradients_only_where_asked(backend, name):
+def test_gradients_only_where_required(backend, name):
     """Any subset of the inputs gets the same gradients as when all require them; the rest get none."""
     function, inputs = _public_ops()[name]
     everything = [t.clone().requires_grad_() for t in inputs]
@@ -916,7 +916,7 @@ def test_compiled_by_inductor_with_a_tensor_beta(fallback_random):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("kind", ["number", "tensor", "attribute"])
-def test_a_schedule_of_beta_does_not_compile_again(kind, dynamic):
+def test_a_schedule_of_beta_does_not_recompile(kind, dynamic):
     """A scheduled beta does not recompile: tensors are inputs, numbers variables from the second value on."""
     from torch._dynamo.testing import CompileCounter
 

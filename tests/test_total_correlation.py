@@ -52,7 +52,7 @@ def _each(terms):
 
 
 @pytest.mark.parametrize("n", [None, 1000])
-def test_it_is_its_sums(backend, n):
+def test_value_and_gradients_equal_the_formula(backend, n):
     x, *leaves = inputs()
     terms = found(x, *leaves, k=K, alpha=0.5, beta=3.0, gamma=0.7, dataset_size=n, terms=True)
     log_likelihood, *parts = written_out(x, *leaves, n=n or 1)
@@ -67,7 +67,7 @@ def test_it_is_its_sums(backend, n):
             torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-10)
 
 
-def test_single_precision_keeps_its_digits(backend):
+def test_single_precision_is_accurate(backend):
     """Single precision is accurate to float32 roundings of log densities of some tens."""
     x, *leaves = inputs()
     expected = written_out(x, *leaves)
@@ -79,7 +79,7 @@ def test_single_precision_keeps_its_digits(backend):
 
 @pytest.mark.parametrize("n", [None, 500])
 @pytest.mark.parametrize("weight_of_all", [1.0, 0.3])
-def test_with_equal_weights_it_is_the_monte_carlo_elbo(weight_of_all, n):
+def test_equal_weights_give_the_monte_carlo_elbo(weight_of_all, n):
     x, *leaves = inputs()
     w = weight_of_all
     bound = found(x, *leaves, k=K, alpha=w, beta=w, gamma=w, dataset_size=n)
@@ -108,7 +108,7 @@ def test_the_size_of_the_data_set_changes_no_gradient():
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_of_a_batch_that_is_the_data_set_they_are_the_report_of_its_latents():
+def test_terms_of_a_batch_of_all_data_equal_the_latents_report():
     x, mu, logvar, weight = (t.detach() for t in inputs())
     terms = found(x, mu, logvar, weight, terms=True)
     vae = fastvae.VAE(lambda x: (mu, logvar), nn.Linear(D, X).to(DEVICE), latent_dim=D, modules=[])
@@ -151,7 +151,7 @@ def test_posteriors_with_covariances(family):
         torch.testing.assert_close(got, part, rtol=1e-8, atol=1e-8)
 
 
-def test_what_objectives_take():
+def test_options_of_other_objectives_are_accepted():
     """beta_tc takes reductions, weights of examples and terms, masks, contexts, spatial latents, priors."""
     x, mu, logvar, weight = inputs()
     each = found(x, mu, logvar, weight, reduction="none")
@@ -182,7 +182,7 @@ def test_what_objectives_take():
     assert bool((torch.autograd.grad(bound, prior.mu)[0] != 0).all())
 
 
-def test_a_vae_has_it():
+def test_beta_tc_of_a_vae():
     x, mu, logvar, weight = (t.detach() for t in inputs())
     decoder = nn.Linear(D, X, bias=False).to(DEVICE, torch.float64)
     decoder.weight.data = weight.T
@@ -193,7 +193,7 @@ def test_a_vae_has_it():
         )
 
 
-def test_it_compiles_and_differentiates_as_a_function():
+def test_compiled_and_differentiated_by_func():
     torch._dynamo.reset()
     x, mu, logvar, weight = (t.detach().float() for t in inputs())
 

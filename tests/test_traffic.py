@@ -112,7 +112,7 @@ def enough(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("k, b, d, chunked", DRAWS)
-def test_latent_reads_once(enough, k, b, d, chunked, prior, dtype):
+def test_sampling_reads_once(enough, k, b, d, chunked, prior, dtype):
     """A program takes all samples of its rows: mu, logvar and the prior are read once, z written once."""
     q, p = pair(b, d, dtype, chunked), tensors(2, b, d, dtype=dtype) if prior else (None, None)
     arguments = (*q, *p, SEED, Draw(k, *FREE))
@@ -133,7 +133,7 @@ def test_latent_reads_once(enough, k, b, d, chunked, prior, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k, b, d, chunked", DRAWS)
-def test_latent_backward_reads_once(enough, k, b, d, chunked, dtype):
+def test_sampling_backward_reads_once(enough, k, b, d, chunked, dtype):
     (mu, logvar), prior = pair(b, d, dtype, chunked), tensors(2, b, d, dtype=dtype)
     (grad_z,) = tensors(1, k, b, d, dtype=dtype)
     (grad_kl,), (grad_each,), (grad_ratio, weight) = tensors(1, b), tensors(1, b, d), tensors(2, k, b)
@@ -160,7 +160,7 @@ def test_latent_backward_reads_once(enough, k, b, d, chunked, dtype):
     assert launch.bytes() == least + 4 * tiles * 2 * k * b + launch.loaded("p_seed")
 
 
-def test_latent_reads_what_it_needs(enough):
+def test_sampling_backward_reads_only_what_it_needs(enough):
     """Nothing is read for gradients that are not needed."""
     k, b, d = 3, 5, 70
     (mu, logvar), (grad_z,), (grad_kl,) = tensors(2, b, d), tensors(1, k, b, d), tensors(1, b)
@@ -269,7 +269,7 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_last_layers_output_is_not_in_memory(enough, dtype):
+def test_the_output_of_a_fused_layer_is_not_stored(enough, dtype):
     """The layer's output is not in memory: layer and inputs are read per tile, log-likelihoods written."""
     k, b, inner, size = 9, 20, 40, 150
     n = k * b
@@ -301,7 +301,7 @@ def test_long_rows_are_split():
     assert_least(launch)
 
 
-def test_a_long_row_of_even_odds(enough):
+def test_a_long_row_of_even_odds_is_split(enough):
     """A long row of even odds, which double a lane's product per pixel, is split before that overflows."""
     x = likelihood.MAX_TILES * common.TILE_X + 700
     tiles = common.event_tiles(1, 1, x, common.LAUNCH["likelihood"].tile, max_tiles=likelihood.MAX_TILES)
@@ -322,7 +322,7 @@ def test_log_mean_exp_reads_once(enough):
         assert launch.bytes() == 2 * log_w.nbytes + 12 * n * blocks
 
 
-def test_importance_split():
+def test_log_mean_exp_of_many_samples_is_split():
     """For few columns and many samples, a second launch merges two numbers per split."""
     k, n = 3000, 3
     (log_w,) = tensors(1, k, n)
@@ -334,7 +334,7 @@ def test_importance_split():
     assert first.bytes() + second.bytes() == log_w.nbytes + 4 * (4 * splits * n + 3 * n)
 
 
-def test_weigh_reads_once_for_the_sums_and_once_for_the_weights():
+def test_reduce_reads_once_for_the_sums_and_once_for_the_weights():
     k, b = 300, 5
     (likelihood, ratio), (kl, grad, grad_mean) = tensors(2, k, b), tensors(3, b)
     how = BoundReduction(1.0, "log_mean_exp", "none")
@@ -384,7 +384,7 @@ def reads_beyond(p_x, p_y, N, BLOCK: tl.constexpr):
         (reads_beyond, "reads_beyond reaches beyond its arguments"),
     ],
 )
-def test_what_is_planted_is_flagged(kernel, message):
+def test_planted_inefficiencies_are_flagged(kernel, message):
     (x, y) = tensors(2, 13)
     with pytest.raises(AssertionError, match=message), recorded() as launches:
         kernel[(1,)](x, y, 13, BLOCK=16)

@@ -133,7 +133,7 @@ fastvae.ops.benoulli_log_prob(x, x)  # error
 
 
 @pytest.mark.slow
-def test_a_program(tmp_path):
+def test_a_typed_program(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"]
@@ -154,7 +154,7 @@ def test_a_program(tmp_path):
     assert said == wanted, done.stdout + done.stderr
 
 
-def test_overloads_do_not_show():
+def test_signatures_and_docstrings_at_run_time():
     names = list(inspect.signature(fastvae.elbo).parameters)
     assert names[:3] == ["x", "q", "decoder"] and {"k", "beta", "terms"} <= set(names)
     assert (
@@ -172,7 +172,7 @@ def test_overloads_take_every_argument(name):
     assert {n: types[n] for n in keywords if n != "terms"} == get_type_hints(arguments)
 
 
-def test_the_types_are_what_the_functions_accept():
+def test_literals_match_the_accepted_options():
     assert get_args(options.Noise) == random.NOISES
     assert get_args(options.Estimator) == normal_diagonal.ESTIMATORS
     assert set(get_args(options.ProposalName)) <= set(proposals._NAMED)

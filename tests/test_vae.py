@@ -114,7 +114,7 @@ def build(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_of_any_callable_are_the_vaes(kind):
+def test_a_vae_owns_the_parameters_of_its_callables(kind):
     """Optimisers, state_dict, .eval() and .to() reach the modules that encoder and decoder use."""
     vae, net = build(kind)
     assert {id(p) for p in vae.parameters()} == {id(p) for p in net.parameters()}
@@ -149,7 +149,7 @@ def test_scripted_modules():
     assert len(list(vae.parameters())) == 4
 
 
-def test_a_function_is_taken_with_the_modules_that_it_reaches():
+def test_functions_need_modules():
     """Functions need modules=, and the error says what to write; nothing is found by looking into them."""
     net, decoder = nn.Linear(X, 2 * D), nn.Linear(D, X)
     functions = lambda x: net(x), functools.partial(net), Caller(Net()), Trainer(Net()).encode  # noqa: E731
@@ -178,7 +178,7 @@ def test_names_of_the_modules():
     assert sorted(names) == ["encoder.linear.weight", "encoder.linear2.weight"]
 
 
-def test_functions_without_parameters_are_taken():
+def test_functions_without_parameters_are_accepted():
     model = models.LinearGaussian(D, X, dtype=torch.float32)
     vae = fastvae.VAE(model.posterior, model.decoder, likelihood=model.likelihood, modules=[])
     assert not list(vae.parameters())
@@ -211,7 +211,7 @@ CYCLES = {
 
 
 @pytest.mark.parametrize("how", CYCLES)
-def test_the_module_that_holds_the_vae_is_refused(how):
+def test_a_module_that_contains_the_vae_is_refused(how):
     """A VAE that reaches the module holding it is refused: train() and state_dict() would not end."""
     holder = Holder(CYCLES[how])
     with pytest.raises(ValueError, match=r"reaches the Holder that holds the VAE.*\.enc and \w+\.dec"):
@@ -223,7 +223,7 @@ def test_the_module_that_holds_the_vae_is_refused(how):
 
 
 @pytest.mark.parametrize("walk", ["train", "state_dict", "load_state_dict", "double", "repr"])
-def test_the_module_that_came_to_hold_the_vae_is_refused(walk):
+def test_a_module_that_later_contains_the_vae_is_refused(walk):
     holder = Holder(lambda self: None)
     holder.vae = fastvae.VAE(holder.encode, holder.decode)
     call = {
@@ -284,7 +284,7 @@ def _of_a_global(x):
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "average"])
-def test_copies_that_would_use_the_originals_parameters_are_refused(how):
+def test_copies_that_would_share_parameters_are_refused(how):
     """Copies are refused if a function, which cannot be copied, would use the original's modules."""
     net = Net()
     copies = {
@@ -340,7 +340,7 @@ def test_forward_calls_an_objective_by_name():
 
 
 @pytest.mark.parametrize("offset", [0, 2, 2**32 - 2 * B])
-def test_parts_of_a_batch_get_the_noise_of_the_whole(backend, offset):
+def test_parts_of_a_batch_use_the_noise_of_the_whole(backend, offset):
     """Ranks with one seed give, for their rows, the results of one process for all rows."""
     encoder, decoder = models.networks(X, D)
     rows = 2 * B
@@ -366,7 +366,7 @@ def test_parts_of_a_batch_get_the_noise_of_the_whole(backend, offset):
         assert not torch.allclose(parts[0], parts[1])
 
 
-def test_a_posterior_that_knows_no_offset_is_not_asked_for_one():
+def test_a_posterior_without_offsets_is_accepted():
     class Plain(Distribution):
         def __init__(self, mu, logvar):
             super().__init__()
@@ -411,7 +411,7 @@ def test_learned_scale_stays_positive(scale):
     assert float(likelihood.scale.detach().max()) < 0.05
 
 
-def test_latent_dim_is_checked_where_it_is_given():
+def test_an_explicit_latent_dim_is_checked():
     decoder, x = nn.Linear(2, 7), torch.rand(4, 7)
     vae = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, latent_dim=3, likelihood=Gaussian(0.3))
     for call in (vae, vae.posterior, vae.log_marginal, vae.evaluate):
@@ -422,7 +422,7 @@ def test_latent_dim_is_checked_where_it_is_given():
         picture.posterior(x)
     flat = fastvae.VAE(lambda x: torch.zeros(len(x), 4, 3, 2), decoder, latent_dim=12, modules=[])
     assert flat.posterior(x).mean.shape == (4, 12)
-    # A latent dimension inferred from a first batch is not binding.
+    # A latent dimension inferred from a first batch may change.
     free = fastvae.VAE(nn.Linear(7, 2 * 2), decoder, likelihood=Gaussian(0.3))
     free.posterior(x)
     free.encoder = nn.Linear(7, 2 * 3)

@@ -86,7 +86,7 @@ def test_a_step_of_the_optimiser_before_the_backward_pass_is_refused(objective):
             value.backward()
 
 
-def test_frozen_parameters_of_a_decoder_are_watched_too():
+def test_changes_of_frozen_parameters_are_detected():
     model = Model()
     value = model.bound()
     add(model.decoder[3].weight)
@@ -95,7 +95,7 @@ def test_frozen_parameters_of_a_decoder_are_watched_too():
 
 
 @pytest.mark.parametrize("family", ["Normal", "Laplace", "Mixture"])
-def test_parameters_of_every_posterior_are_watched(family):
+def test_changes_of_any_posterior_are_detected(family):
     model = Model()
     if family == "Mixture":
         parts = [DiagonalNormal(model.mu + i, model.logvar + i) for i in range(2)]

@@ -42,7 +42,7 @@ def _jackknife(weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     spread=st.sampled_from([0.0, 0.3, 5.0, 300.0]),
     order=st.randoms(use_true_random=False),
 )
-def test_any_split_gives_the_same(cuts, level, spread, order):
+def test_any_split_gives_the_same_result(cuts, level, spread, order):
     """Chunks of any sizes, merged in any order, give the whole."""
     k = 60
     log_w = level + spread * torch.randn(k, B, dtype=torch.float64, device=DEVICE)
@@ -59,7 +59,7 @@ def test_any_split_gives_the_same(cuts, level, spread, order):
     torch.testing.assert_close(merged.log_px, expected, rtol=1e-12, atol=1e-9)
 
 
-def test_rows_can_be_taken_out_and_put_back():
+def test_rows_can_be_extracted_and_put_back():
     """Rows can be extracted and put back, as when some examples continue while others have stopped."""
     first, second = (randn(k, B, seed=k, dtype=torch.float64) for k in (30, 40))
     tail = tail_length(70) + 1
@@ -73,7 +73,7 @@ def test_rows_can_be_taken_out_and_put_back():
     assert got.count.tolist() == [70, 30, 30, 70, 30]
 
 
-def test_state_does_not_grow_with_k_but_for_the_tail():
+def test_only_the_tail_of_the_state_grows_with_k():
     sizes = {}
     for k in (100, 10_000):
         weights = Weights.of(torch.randn(k, B, device=DEVICE), kept_draws(k))
@@ -107,13 +107,13 @@ def test_standard_error_by_simulation():
     assert abs(mean + exact**2 / 2) < 4 * spread / math.sqrt(replicates)
 
 
-def test_one_draw_has_no_error():
+def test_the_error_of_one_draw_is_nan():
     weights = Weights.of(torch.zeros(1, B, device=DEVICE), 2)
     assert weights.log_px_stderr.isnan().all()
     assert weights.ess.tolist() == [1] * B
 
 
-def test_the_jackknife_of_one_draw_is_not_known():
+def test_the_jackknife_of_one_draw_is_nan():
     """The jackknife of one draw is NaN for any weight; of two draws of weight 0 it is −∞."""
     log_w = torch.tensor([[0.5, -math.inf]], device=DEVICE)
     assert bool(torch.stack(_jackknife(Weights.of(log_w, 2))).isnan().all())
@@ -144,7 +144,7 @@ def _left_out(log_w):
 @pytest.mark.parametrize("pieces", [1, 3, 7])
 @pytest.mark.parametrize("k", [2, 5, 63, 64, 65, 230, 700])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 30.0])
-def test_the_jackknife_is_its_definition(k, pieces, spread):
+def test_the_jackknife_equals_the_definition(k, pieces, spread):
     log_w = spread * randn(k, B, seed=k, dtype=torch.float64) - 20
     estimate, error = _jackknife(_folded(log_w, pieces))
     whole, rest = _left_out(log_w)
@@ -158,7 +158,7 @@ def test_the_jackknife_is_its_definition(k, pieces, spread):
     torch.testing.assert_close(error.square(), variance, rtol=1e-9, atol=1e-14 + 0.8 * series)
 
 
-def test_the_jackknife_leaves_out_no_more_than_it_says():
+def test_the_truncation_error_of_the_jackknife_is_bounded():
     """The series' error is within its bound in the worst case.
 
     This is one draw more than the tail holds, all of equal weight, and the others negligible.
@@ -186,7 +186,7 @@ def test_one_draw_that_outweighs_all_others():
 
 
 @pytest.mark.parametrize("k", [2, 20, 21, 100, 3000])
-def test_equal_weights_leave_nothing_to_estimate(k):
+def test_equal_weights_make_all_estimates_exact(k):
     """Equal weights, as of the exact posterior, make all estimates log p(x), with an interval of width 0."""
     got = _folded(torch.full((k, B), -700.125, dtype=torch.float64, device=DEVICE), 3).summary()
     for value in (got.log_px, got.jackknife, got.psis, got.low, got.high):
@@ -228,7 +228,7 @@ def _psis(log_w):
 
 @pytest.mark.parametrize("pieces", [1, 4])
 @pytest.mark.parametrize("k", [21, 57, 300, 2000])
-def test_psis_is_that_of_the_paper(k, pieces):
+def test_psis_equals_the_paper(k, pieces):
     log_w = torch.stack([s * randn(k, seed=k, dtype=torch.float64) - 500 for s in (0.1, 1.0, 2.0, 5.0)], 1)
     weights = _folded(log_w, pieces)
     expected = [_psis(column) for column in log_w.cpu().numpy().T]
@@ -237,7 +237,7 @@ def test_psis_is_that_of_the_paper(k, pieces):
     )
 
 
-def test_psis_where_nothing_can_be_fitted():
+def test_psis_without_a_tail_to_fit():
     for log_w in (
         randn(20, B, seed=1),
         torch.zeros(100, B, device=DEVICE),
@@ -257,7 +257,7 @@ def _linear_gaussian(k, replicates, scale, latents=2):
 
 
 @pytest.mark.parametrize(("k", "scale"), [(100, 1.3), (300, 0.9), (300, 0.7), (1000, 0.5)])
-def test_intervals_hold(k, scale):
+def test_intervals_cover(k, scale):
     """Intervals cover for Pareto k = 1 - scale²; the delta method's fail above 1/2."""
     replicates = 1000
     weights = _folded(_linear_gaussian(k, replicates, scale))
@@ -276,7 +276,7 @@ def test_intervals_hold(k, scale):
     assert bool((narrower[0] >= low).all()) and bool((narrower[1] <= high).all())
 
 
-def test_an_interval_is_open_where_the_draws_cannot_tell():
+def test_intervals_are_open_for_heavy_tails():
     low, high = _folded(_linear_gaussian(500, 50, 0.3, latents=20)).interval()
     assert bool((high == math.inf).all()) and bool((low < 0).all())
     # For one draw only Markov's inequality holds.
@@ -296,7 +296,7 @@ def test_estimates_of_infinite_and_nan_weights():
             assert value.isnan().tolist() == [False, False, True, False]
         assert [float(v[1]) for v in (got.log_px, got.jackknife, got.psis, got.low)] == [-math.inf] * 4
         assert float(got.high[1]) == math.inf
-        # Weights of 0 count like others.
+        # Zero weights count like others.
         estimate, error = _left_out(log_w[:, 3:])
         expected = 100 * estimate - 99 * error.mean(0)
         torch.testing.assert_close(got.jackknife[3:], expected, rtol=0, atol=1e-11)
@@ -310,7 +310,7 @@ def test_no_examples():
 # Pareto k̂
 
 
-def test_khat_is_fitted_in_pieces(monkeypatch):
+def test_khat_may_be_fitted_in_pieces(monkeypatch):
     log_w = torch.randn(500, B, dtype=torch.float64, device=DEVICE)
     whole = pareto_khat(log_w)
     monkeypatch.setattr(pareto, "_FIT_SIZE", 2000)
@@ -319,7 +319,7 @@ def test_khat_is_fitted_in_pieces(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [21, 57, 1000, 5000])
-def test_khat_is_that_of_arviz(k, dtype):
+def test_khat_equals_arviz(k, dtype):
     psislw = pytest.importorskip("arviz.stats.stats").psislw
 
     columns = [s * torch.randn(k) - 500 for s in (0.1, 1, 3, 20)]
@@ -342,7 +342,7 @@ def test_khat_of_pareto_weights(shape):
     assert float((got - shape).abs().max()) < 5 * (1 + shape) / math.sqrt(949)
 
 
-def test_khat_where_nothing_can_be_fitted():
+def test_khat_without_a_tail_to_fit():
     flat = torch.zeros(100, 1, device=DEVICE)
     assert pareto_khat(flat).tolist() == [-math.inf]
     # 20 draws leave a tail of 4, 21 one of 5.
@@ -366,7 +366,7 @@ def test_khat_where_nothing_can_be_fitted():
     assert pareto_khat(torch.zeros(100, 0, device=DEVICE)).shape == (0,)
 
 
-def test_khat_ignores_the_level():
+def test_khat_does_not_depend_on_a_constant():
     log_w = torch.randn(300, B, dtype=torch.float64, device=DEVICE)
     torch.testing.assert_close(pareto_khat(log_w - 1e5), pareto_khat(log_w), rtol=1e-8, atol=1e-8)
 

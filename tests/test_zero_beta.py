@@ -50,7 +50,7 @@ BETAS = {
 @pytest.mark.parametrize("kl", ["analytic", "mc"])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_counts_0(backend, kind, beta, kl):
+def test_terms_of_zero_weight_count_as_0(backend, kind, beta, kl):
     if kind == "a narrow q" and kl == "mc":
         return  # log q(z|x) itself is infinite at z, and its gradient NaN
     x, decoder = rand(B, X, seed=3).round(), nn.Linear(D, X).to(DEVICE)
@@ -83,7 +83,7 @@ def test_it_counts_0(backend, kind, beta, kl):
     torch.testing.assert_close(bound[silent], likelihood[silent])
 
 
-def test_an_infinite_kl_of_torchs():
+def test_an_infinite_kl_of_torch_distributions():
     mu = torch.zeros(B, D, device=DEVICE).requires_grad_()
     low, high = torch.zeros(D, device=DEVICE), torch.ones(D, device=DEVICE)
     x, decoder = rand(B, X, seed=3).round(), nn.Linear(D, X).to(DEVICE)
@@ -97,7 +97,7 @@ def test_an_infinite_kl_of_torchs():
         assert bool(grad.isfinite().all()) and bool((grad != 0).any())
 
 
-def test_a_prior_without_a_share_keeps_its_place_in_the_graph():
+def test_a_prior_of_zero_weight_stays_in_the_graph():
     """Gradients of a prior with beta = 0 are 0 instead of missing, as DDP expects while beta rises."""
     prior_mu = torch.zeros(D, device=DEVICE, requires_grad=True)
     x, q = rand(B, X, seed=3).round(), torch.zeros(B, 2 * D, device=DEVICE)

@@ -1,4 +1,4 @@
-// What the ops share: names of the types of a caller, Python (python.hpp) or torch's dispatcher
+// Types of a caller, shared by the ops: Python (python.hpp) or torch's dispatcher
 // (dispatcher.hpp).
 #pragma once
 

@@ -15,9 +15,8 @@ namespace fastvae {
 constexpr i64 kFewestPositions = 8;
 
 // x (B, E, P), logits (N, C, P), and for components that are not classes location and log_scale (N, C E, P)
-// and coefficients like them or None; then the setting, with `behind` arguments more behind it. `fits` says
-// whether the C++ computes it: `otherwise` does for nothing to sum, classes of few positions, or many
-// channels.
+// and coefficients like them or None; then the setting, followed by `behind` further arguments. `fits` is
+// false for empty sums, classes with few positions, or many channels, which `otherwise` computes.
 template <class Caller>
 struct ComponentsArguments {
   static constexpr int kMost = 4;
@@ -54,7 +53,7 @@ struct ComponentsArguments {
 };
 
 // x, parameters, setting -> log-likelihoods, and for each position the log-sums over the logits and over the
-// components. `otherwise` is called if the arguments do not fit, or x does not hold classes.
+// components. `otherwise` is called if the arguments do not fit, or x contains other values than classes.
 struct ComponentsLogProb {
   static constexpr const char* kName = "components_log_prob";
   static constexpr bool kEmptyForNone = true;

@@ -17,8 +17,8 @@ namespace fastvae {
 constexpr i64 kFewestRows = 8;
 
 // x (B, X), h (K B, H), weight (m X, H) and bias (m X) of the first m outputs, and up to two constant
-// outputs, each a row (X) or a number. `fits` says whether the C++ computes it: `otherwise` does for nothing
-// to sum, without a BLAS, and where tensors must be copied first and the caller does not.
+// outputs, each a row (X) or a number. `fits` is false for empty sums, without a BLAS, and if
+// tensors must be copied first and the caller does not; `otherwise` computes these.
 template <class Caller>
 struct HeadArguments {
   static constexpr int kConstants = kMostParameters - 1;

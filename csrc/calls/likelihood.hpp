@@ -68,8 +68,8 @@ struct LikelihoodArguments {
   }
 };
 
-// x, parameters -> log-likelihoods. What does not fit, or has an x that lies where it cannot, is left to
-// `otherwise`.
+// x, parameters -> log-likelihoods. `otherwise` is called if the arguments do not fit, or x lies outside of
+// the support.
 struct LogProb {
   static constexpr const char* kName = "log_prob";
   static constexpr bool kEmptyForNone = false;
@@ -86,7 +86,7 @@ struct LogProb {
   }
 };
 
-// What arrives, x, parameters, need -> gradients of x and of the parameters.
+// Upstream gradient, x, parameters, need -> gradients of x and of the parameters.
 struct LogProbBackward {
   static constexpr const char* kName = "log_prob_backward";
   static constexpr bool kEmptyForNone = false;

@@ -26,7 +26,7 @@ struct DiagonalArguments {
     contract.expect("seed", seed_tensor, kInt64, {});
     contract.expect_count("samples", draw.samples);
   }
-  // What arrives at z or was kept of it, of this dtype.
+  // Checks an upstream gradient of z, or a tensor saved with z's shape.
   void expect_like_z(const Contract& contract, const char* name, const Tensor& t, int dtype) const {
     if (t.given)
       contract.expect_either(name, t, dtype, {draw.samples * mu.n0, mu.n1}, {draw.samples, mu.n0, mu.n1});
@@ -66,7 +66,7 @@ struct RsampleKl {
   }
 };
 
-// What arrives at z and at the KL, the slope, the op's arguments, need -> gradients. Without the slope
+// Upstream gradients of z and of the KL, the slope, the op's arguments, need -> gradients. Without the slope
 // `otherwise` is called.
 struct RsampleKlBackward {
   static constexpr const char* kName = "rsample_kl_backward";
@@ -114,7 +114,8 @@ struct RsampleLogRatio {
   }
 };
 
-// What arrives at z and at the log-ratio, weights, the slope, the op's arguments, path, need -> gradients.
+// Upstream gradients of z and of the log-ratio, weights, the slope, the op's arguments, path, need ->
+// gradients.
 struct RsampleLogRatioBackward {
   static constexpr const char* kName = "rsample_log_ratio_backward";
   static constexpr bool kEmptyForNone = false;

@@ -34,7 +34,7 @@ struct RsampleTril {
   }
 };
 
-// What arrives at z and at log q, the noise, the op's arguments, need -> gradients. Without the noise
+// Upstream gradients of z and of log q, the noise, the op's arguments, need -> gradients. Without the noise
 // `otherwise` is called.
 struct RsampleTrilBackward {
   static constexpr const char* kName = "rsample_tril_backward";

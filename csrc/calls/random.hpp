@@ -48,8 +48,8 @@ struct Normal {
   }
 };
 
-// seeds, a net, size and address of the noise, dtype -> quasi-Monte-Carlo normals. Python alone calls it,
-// which has the net.
+// seeds, a net, size and address of the noise, dtype -> quasi-Monte-Carlo normals. Called from Python
+// only, where the net is.
 struct NormalOfNet {
   static constexpr const char* kName = "normal_of_net";
   template <class Caller>

@@ -69,8 +69,8 @@ struct ReduceArguments {
   }
 };
 
-// x, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. Where there is nothing to sum
-// over, or x lies where it cannot, `otherwise` is called with them.
+// x, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. `otherwise` is called for
+// empty sums, or if x lies outside of the support.
 struct Reduce {
   static constexpr const char* kName = "reduce";
   static constexpr bool kEmptyForNone = true;
@@ -92,8 +92,8 @@ struct Reduce {
   }
 };
 
-// What arrives at the bound and at the mean log-likelihood, weights, x, parameters, term, beta, how, need ->
-// gradients of x, parameters, term.
+// Upstream gradients of the bound and of the mean log-likelihood, weights, x, parameters, term, beta, how,
+// need -> gradients of x, parameters, term.
 struct ReduceBackward {
   static constexpr const char* kName = "reduce_backward";
   static constexpr bool kEmptyForNone = false;
@@ -116,7 +116,7 @@ struct ReduceBackward {
     if (w.log_mean_exp || weights_tensor.given)
       contract.expect("weights", weights_tensor, a.wide, {w.rows.samples, a.x.n0}, true);
     const Need need = from.need();
-    // Those of parameters that broadcast are sums, and must not be rounded before.
+    // Gradients of broadcast parameters are sums, which must not be rounded before they are complete.
     const auto dtype = [&](int j) { return w.rows.kind[j] == kFull ? a.parameter[j].dtype : a.wide; };
     MadeOf<Caller> to[kMostParameters + 2];
     MadeOf<Caller>& to_term = to[a.count + 1];

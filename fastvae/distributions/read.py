@@ -57,7 +57,7 @@ def as_posterior(q: Any) -> Distribution:
         "torch.distributions object of shape [B, D] with rsample; a fastvae.distributions.Distribution; "
         "or an object or "
         f"mapping with a mean ({', '.join(_MEANS)}) and a log variance ({', '.join(_LOGVARS)}); latents may "
-        f"have axes of their own, [B, C, H, W] in place of [B, D]. Got {_describe(q)}"
+        f"have several axes, [B, C, H, W] in place of [B, D]. Got {_describe(q)}"
     )
 
 

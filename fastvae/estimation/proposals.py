@@ -272,7 +272,7 @@ def as_proposal(proposal: Any, noise: str) -> Proposal:
     if isinstance(proposal, Proposal):
         if noise == "qmc" and isinstance(proposal, Adapted):
             raise ValueError(
-                "proposal='adapted' is fitted between rounds, which are no point set together; use "
+                "proposal='adapted' is fitted between rounds, which together are not a point set; use "
                 "noise='philox', or another proposal"
             )
         return proposal

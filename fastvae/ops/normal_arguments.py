@@ -142,7 +142,7 @@ def _pair(prior):
     if getattr(prior, "is_own", False) and hasattr(prior, "log_variance"):
         if prior.logvar.dtype.itemsize == 2 and not prior.has_logvar:
             raise ValueError(
-                f"prior has {prior.logvar.dtype} parameters that are no log variance, which half precision "
+                f"prior has {prior.logvar.dtype} parameters that are not log variances, which half precision "
                 "would round; pass (mean, logvar), or parameters in float32"
             )
         return prior.mu, prior.log_variance()

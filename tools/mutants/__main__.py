@@ -1,9 +1,9 @@
 """Commands: record which tests enter what, then break the code in one place at a time.
 
-``record`` runs the tests once, those without the mark `slow`, and notes the blocks that each one enters; a
-test file that changed is recorded again, or the files that are named. ``sample`` breaks places drawn by a
-seed, ``changed`` places on lines that a branch touched, ``written`` those of the list by hand. One mutant a
-line; exit code 1 if one survives that is not accepted.
+``record`` runs the tests that are not marked `slow` once, and records the blocks that each one enters: of
+changed test files, or of the files given. ``sample`` mutates places drawn from a seed, ``changed`` a
+branch's lines, ``written`` the entries written by hand. Output: one line per mutant. The exit code is 1 if a
+mutant that is not accepted survives.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .record import Recording, record
 from .run import NOT_COMPILED, Job, fork_all, replace, run_tests
 
 WRITTEN, ACCEPTED = "written.txt", "accepted.txt"
-# The other implementations' tests say nothing about a mutant.
+# Tests of the other implementations do not run the mutant.
 _RELEVANT = {"cpp": "not triton and not reference", "triton": "not native and not reference", "python": ""}
 
 
 @cache
 def accepted() -> dict[tuple[str, ...], Entry]:
-    """Survivors that are accepted, by what a generated mutant has for a key."""
+    """Return the accepted survivors by the keys of their mutants."""
     return {(e.file, e.function, e.words, e.old, e.new): e for e in read_table(ACCEPTED)}
 
 
 def stale_accepted() -> list[str]:
-    """List accepted survivors that the generator no longer makes."""
+    """List accepted survivors that are no longer generated."""
     today = {file: {s.key for s in sites(file)} for file in {key[0] for key in accepted()} & set(sources())}
     return [
         f"{e.table}, line {e.line}: no mutant of {e.file} {e.function} ({e.words}) is "
@@ -46,7 +46,7 @@ def stale_accepted() -> list[str]:
 
 
 def _caught_and_not(work: list[Job], jobs: int) -> tuple[int, list[Any]]:
-    """Run mutants, a line for each: how many were caught, and those that were not."""
+    """Run mutants and print a line for each; return the number caught, and the survivors."""
     survivors = []
     for done in fork_all(work, jobs):
         noticed, message = done.verdict()
@@ -92,7 +92,7 @@ def _job(entry: Entry | None, kind: str, tests: list[str]) -> Job:
 
     def work(folder: Path) -> int:
         if kind == "cpp":
-            # Unoptimised, in a quarter of the time: what a line means is the same. Products are AVX-512's.
+            # Unoptimised, which compiles in a quarter of the time. Products use AVX-512.
             every = entry is None or entry.file == "csrc/gemm.hpp"
             built = build(folder, *([] if every else ["-DFASTVAE_BASE_ONLY"]), "-O0")
             if built.returncode:
@@ -107,7 +107,7 @@ def _job(entry: Entry | None, kind: str, tests: list[str]) -> Job:
 
 
 def _written(kinds: list[str], only: list[str], jobs: int) -> int:
-    """Run the mutants written by hand, after the same tests on code without one."""
+    """Run the mutants written by hand, after their tests have passed on unchanged code."""
     entries = read_table(WRITTEN)
     problems = stale(entries)
     for problem in problems:
@@ -141,20 +141,20 @@ def main(words: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     options, drawn = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     options.add_argument("--jobs", type=int, default=2, help="processes at a time (2)")
-    drawn.add_argument("--seed", type=int, default=None, help="of the sample; printed where none is given")
+    drawn.add_argument("--seed", type=int, default=None, help="seed of the sample (random, and printed)")
     drawn.add_argument("--count", type=int, default=150, help="mutants at most (150)")
     drawn.add_argument("--cap", type=float, default=60.0, help="seconds of tests for each mutant (60)")
     drawn.add_argument("--list", action="store_true", help="name the mutants and run nothing")
-    part = commands.add_parser("record", parents=[options], help="run the tests, note what each one enters")
-    part.add_argument("files", nargs="*", help="test files (default: those without a recording of today's)")
-    part = commands.add_parser("sample", parents=[options, drawn], help="mutants drawn by a seed")
+    part = commands.add_parser("record", parents=[options], help="record which blocks each test enters")
+    part.add_argument("files", nargs="*", help="test files (default: those without an up-to-date recording)")
+    part = commands.add_parser("sample", parents=[options, drawn], help="mutants drawn from a seed")
     part.add_argument("files", nargs="*", help="source files (default: fastvae/ and kernels/)")
-    part = commands.add_parser("changed", parents=[options, drawn], help="mutants on lines of this branch")
-    part.add_argument("--base", default="main", help="the branch that it is compared with (main)")
-    part.add_argument("--functions", action="store_true", help="anywhere in a function with such a line")
+    part = commands.add_parser("changed", parents=[options, drawn], help="mutants on this branch's lines")
+    part.add_argument("--base", default="main", help="the branch to compare with (main)")
+    part.add_argument("--functions", action="store_true", help="anywhere in a function with a changed line")
     part = commands.add_parser("written", parents=[options], help="the mutants written by hand")
     part.add_argument("kind", nargs="?", choices=list(_RELEVANT))
-    part.add_argument("--only", nargs="+", default=[""], help="only entries that have one of these texts")
+    part.add_argument("--only", nargs="+", default=[""], help="only entries that contain one of these texts")
     given = parser.parse_args(words)
     if given.command == "record":
         return record(given.files, given.jobs)

@@ -1,7 +1,7 @@
-"""Blocks of statements: what a recording counts, and where a mutant lies.
+"""Blocks of statements, the unit of recordings and of the choice of tests.
 
-A block's key is its file, its function and its number in that function: a change elsewhere in the file
-leaves it as it is.
+A block's key is its file, its function and its number in that function, so changes elsewhere in the file do
+not affect it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def copy_to(folder: Path) -> None:
 
 
 def in_copy(folder: Path, file: str) -> Path:
-    """Where a source file lies in a copy."""
+    """Return the path of a source file in a copy."""
     return folder / file.replace("kernels/", "fastvae/kernels/", 1 if file.startswith("kernels/") else 0)
 
 
@@ -51,7 +51,7 @@ def build(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def copy_extension(folder: Path) -> None:
-    """Put the extension that is built already into a copy, for what does not change it."""
+    """Copy the extension already built into a copy, for mutants that do not change the C++."""
     built = ROOT / "fastvae" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not built.exists():
         raise SystemExit(f"no extension at {built}: `pip install --editable .` builds it there")

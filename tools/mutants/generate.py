@@ -1,4 +1,4 @@
-"""Generated mutants: operators on Python's syntax trees, and samples of them by a seed."""
+"""Generated mutants: operators on Python's syntax trees, and seeded samples of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _PAIRS = _words(
     "clamp_min,clamp_max floor,ceil sum,mean cumsum,cumprod"
 )
 _EXCHANGED = {a: b for pair in _PAIRS for a, b in (pair.split(","), pair.split(",")[::-1])}
-# Methods whose result is of the same kind as what they are called on. `.to`, `.float`, `.detach` and
-# `.contiguous` are left out: what survives is nearly always equivalent.
+# Methods whose result is of the same kind as their object. `.to`, `.float`, `.detach` and `.contiguous` are
+# left out: their survivors are nearly always equivalent.
 _DROPPED = _words(
     "abs neg clone exp log sqrt square flip cumsum cumprod sort clamp double prepared expand_as reciprocal "
     "flatten unsqueeze squeeze"
@@ -32,7 +32,7 @@ _DROPPED = _words(
 _KEPT_KEYWORDS = _words(
     "strict stacklevel validate_args name device dtype layout pin_memory file end flush desc"
 )
-# Their arguments are texts, types, or for compilers to read.
+# Their arguments are texts, types, or hints for compilers.
 _UNTOUCHED = _words(
     "warn cast TypeVar getattr hasattr setattr isinstance issubclass static_assert static_print print "
     "static_range field dataclass"
@@ -132,7 +132,7 @@ class _Finder(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets if self.known else ():
             names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
-            # A first assignment to a name is never left out: what follows then fails for a trivial reason.
+            # A first assignment to a name is never omitted: the following lines would fail trivially.
             if isinstance(target, (ast.Attribute, ast.Subscript)) or names <= self.known[-1]:
                 self.add("statement dropped", node, ast.Pass())
             if isinstance(target, (ast.Name, ast.Tuple)):
@@ -251,7 +251,7 @@ def sites(file: str, source: str | None = None) -> list[Site]:
         begin, end = span(node)
         bare = (ast.stmt, ast.Constant, ast.Name, ast.Call, ast.Attribute, ast.Subscript)
         replacement = ast.unparse(new) if isinstance(new, bare) else f"({ast.unparse(new)})"
-        # The expression around it: up to its statement, not beyond one that has others inside.
+        # The surrounding expression: up to its statement, but not a compound one.
         around = [n for n in above if hasattr(n, "lineno") and not hasattr(n, "body")] or [node]
         whole = node
         for outer in reversed(around):
@@ -288,9 +288,9 @@ def parses(site: Site, source: str) -> bool:
 
 
 def sample(found: dict[str, list[Site]], seed: int, count: int) -> list[Site]:
-    """Mutants drawn by the seed: a file by its number of sites, one of its operators, then a site.
+    """Draw mutants from the seed: a file by its number of sites, one of its operators, then a site.
 
-    At most one for each line.
+    At most one per line is drawn.
     """
     draw = random.Random(seed)
     files = sorted(f for f, of_file in found.items() if of_file)
@@ -310,12 +310,12 @@ def sample(found: dict[str, list[Site]], seed: int, count: int) -> list[Site]:
 
 
 def changed_lines(base: str) -> dict[str, set[int]]:
-    """Find the lines of each source file that the commit it branched from does not have."""
+    """Return the lines of each source file that differ from the commit it branched from."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"base={base!r}: git knows no such branch or commit here: {done.stderr.strip()}")
+            raise SystemExit(f"base={base!r}: git finds no such branch or commit here: {done.stderr.strip()}")
         return done.stdout
 
     lines: dict[str, set[int]] = {}

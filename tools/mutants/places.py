@@ -5,9 +5,9 @@ A table has a line for each entry, below a line that names its file::
     [fastvae/estimation/weights.py]
     Sums.log_px (weights qmc) square / (number * (number - 1)) => square / (number * number)
 
-This is the function (a class or namespace, or ``-`` for the whole file, will do), the tests, and what is
-replaced (once in the function, whitespace apart) by what. For a survivor that is accepted, the operator
-stands in place of tests, and `` -- `` and the reason follow.
+The fields are the function (or a class, a namespace, or ``-`` for the whole file), the tests, the fragment to
+replace, which occurs once in the function up to whitespace, and its replacement. For an accepted survivor the
+operator replaces the tests, and `` -- `` and the reason follow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CONTROL = ("if", "for", "while", "switch", "do", "else", "try", "catch", "retur
 
 
 class Entry(NamedTuple):
-    """Entry of a table; `words` are tests, or the operator that an accepted survivor comes from."""
+    """Entry of a table; `words` are tests, or the operator of an accepted survivor."""
 
     table: str
     line: int
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
     @property
     def tests(self) -> list[str]:
-        """The tests as pytest takes them: "latent" is tests/test_normal_diagonal.py."""
+        """Tests in pytest's notation: "vae" is tests/test_vae.py."""
         parts = (word.partition("::") for word in self.words.split())
         return [f"tests/test_{file}.py{colons}{test}" for file, colons, test in parts]
 
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 
 
 class Stale(Exception):
-    """An entry whose place is not in the code; the message says how to mend it."""
+    """An entry that does not match the code; the message explains how to repair it."""
 
     def __init__(self, entry: Entry, problem: str) -> None:
         super().__init__(f"{entry.table}, line {entry.line} ({entry.file} {entry.function}): {problem}")
@@ -186,7 +186,7 @@ def mutated(entry: Entry, root: Path = ROOT) -> str:
 
 
 def stale(entries: list[Entry]) -> list[str]:
-    """Explain what is wrong with each entry that does not apply to the code."""
+    """Explain each entry that does not match the code."""
     problems = []
     for entry in entries:
         try:

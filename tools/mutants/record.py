@@ -1,6 +1,6 @@
 """A recording: which tests enter which blocks, from one run of the tests on instrumented code.
 
-Each test file's lies in a separate file in build/mutants/hits, so that one can be recorded again by itself.
+Each test file's recording is a separate file in build/mutants/hits, so that one can be recorded again alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _stream: int | None = None
 
 
 def hit(key: str) -> None:
-    """Note a block; in a process that a test started, in a file at once, since nothing asks it at its end."""
+    """Record a block; in a process that a test started, at once in a file, as nothing collects it at exit."""
     if key not in seen:
         seen.add(key)
         if _stream is not None:
@@ -52,7 +52,7 @@ def instrumented(tree: ast.AST, file: str) -> ast.AST:
 
 
 def _watch(folder: str) -> None:
-    """Instrument what is imported from a copy, and what Triton's interpreter compiles again."""
+    """Instrument modules imported from a copy, and functions that Triton's interpreter compiles again."""
     get_code, compiled = importlib.machinery.SourceFileLoader.get_code, builtins.compile
 
     def get_instrumented(self: Any, fullname: str) -> Any:
@@ -107,7 +107,7 @@ class _Recorder:
         return sorted(found - {""})
 
     def pytest_collection_finish(self, session: Any) -> None:
-        # What importing the package enters, any test of the file does.
+        # Blocks entered by importing the package count for every test of the file.
         self.tests[""] = 0.0, True, self.take()
 
     @pytest.hookimpl(hookwrapper=True)
@@ -129,7 +129,7 @@ def _path(test_file: str) -> Path:
 
 
 def _record_one(test_file: str, folder: Path) -> int:
-    """Run a file's tests, in a process forked for it, and write what they enter."""
+    """Run a file's tests in a forked process, and write the blocks that they enter."""
     streamed = folder / "hits.txt"
     os.environ.update({_FOLDER: str(folder), _FILE: str(streamed)})
     os.environ["PYTHONPATH"] += f":{folder / 'tools/mutants/child'}"
@@ -154,7 +154,7 @@ def _options() -> list[str]:
 
 
 def record(test_files: list[str], jobs: int) -> int:
-    """Record these test files, or all that have no recording or were changed since; 1 if one cannot be."""
+    """Record these test files, or all without an up-to-date recording; return 1 if one fails."""
     chosen = test_files or [
         f
         for f in sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").glob("test_*.py"))
@@ -201,7 +201,7 @@ class Recording:
             )
 
     def tests_of(self, key: str | None) -> list[str]:
-        """All tests that enter a block; for one entered on import, those of every file that imports it."""
+        """Return the tests that enter a block; for one entered on import, those of files that import it."""
         if key is None:
             return []
         files = self.files.get(key, ())
@@ -210,7 +210,7 @@ class Recording:
     def choose(self, key: str | None, file: str, cap: float) -> list[str]:
         """Choose a mutant's tests within some seconds: its module's own, then those of all files in turn.
 
-        A module's own test file has its name, or else enters most of its blocks.
+        A module's own test file has the module's name, or enters most of its blocks.
         """
         queues: dict[str, list[str]] = {}
         for test in sorted(self.tests_of(key), key=lambda t: self.seconds[t]):

@@ -1,4 +1,4 @@
-"""Tests run in processes that are forked from one with torch imported already, each in a scratch copy."""
+"""Test runs in processes forked from one that has imported torch, each in a scratch copy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Job(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A job's end: its exit code (None where it ran past its limit), seconds, and what it printed."""
+    """Result of a job: its exit code (None after a timeout), seconds and output."""
 
     name: object
     code: int | None
@@ -56,7 +56,7 @@ class Done(NamedTuple):
 
 
 def _preload() -> None:
-    # Of all that a test may draw, the same every time.
+    # Every run of a test draws the same inputs.
     os.environ.update(CI="1", FASTVAE_TEST_PROFILE="mutants", OMP_NUM_THREADS="1")
     os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     import hypothesis.extra.numpy
@@ -95,11 +95,11 @@ def _child(job: Job, folder: Path, log: Path) -> None:
 
 
 def fork_all(work: list[Job], jobs: int) -> Iterator[Done]:
-    """Run some jobs at a time, each in a scratch copy; results as they come."""
+    """Run several jobs at a time, each in a scratch copy; yield results as they finish."""
     if not work:
         return
     _preload()
-    # The processes in their own sessions and the copies go with this one.
+    # End the processes, which have separate sessions, and delete the copies.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="mutants") as scratch:
         free = []
@@ -151,12 +151,12 @@ def _kill(pid: int) -> None:
 
 
 def replace(path: Path, text: str) -> Callable[[], None]:
-    """Write a file of a copy; what is returned puts the old text back."""
+    """Write a file of a copy; return a function that restores the old text."""
     before = path.read_text()
 
     def write(content: str) -> None:
         path.write_text(content)
-        # One of the same size within the same second would pass for up to date.
+        # A file of equal size within the same second would count as up to date.
         for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
             compiled.unlink()
 
@@ -165,7 +165,7 @@ def replace(path: Path, text: str) -> Callable[[], None]:
 
 
 class Only:
-    """A plugin of pytest: these tests alone, the module's own file's first."""
+    """A plugin of pytest that selects these tests, the module's own file's first."""
 
     def __init__(self, tests: list[str]) -> None:
         self.place = {t: i for i, t in enumerate(tests)}

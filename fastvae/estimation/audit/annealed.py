@@ -277,7 +277,7 @@ def bdmc(
     """
     settings = _settings(k, steps, leapfrog, start, k_chunk)
     likelihood = as_likelihood(likelihood)
-    n = check_count("n", n, "the examples that are made")
+    n = check_count("n", n, "the number of simulated examples")
     check_address(settings.chains * settings.steps, n, 0, 0)
     latent = tuple(latent_dim) if isinstance(latent_dim, (tuple, list)) else None
     dim = 1

@@ -50,7 +50,8 @@ def check_destination(name: str, path: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"{name} {path}: no file can be made in the folder {path.parent} ({error.strerror}); use another"
+            f"{name} {path}: no file can be created in the folder {path.parent} ({error.strerror}); "
+            "use another"
         ) from None
 
 

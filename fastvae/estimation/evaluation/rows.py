@@ -57,7 +57,7 @@ def check_rows(inputs: Inputs, key: Tensor, row: int, chunks: Chunks, tol: float
 def _refused(tol: float, reason: str) -> ValueError:
     return ValueError(
         f"tol={tol:g} needs a model in which a row of the decoder's output depends on that row of z "
-        f"alone, since examples that are done are no longer decoded. {reason}. A decoder that uses "
+        f"alone, since finished examples are no longer decoded. {reason}. A decoder that uses "
         "batch data other than z, such as labels, must be given them as context (see prepare_batch=); or "
         "leave tol out and give k, or use batch_size=1"
     )
