@@ -19,11 +19,10 @@ from ..core.checks import (
     on_same_device,
     shape_of,
 )
-from ..core.deferred import check_unchanged, multiply_out
+from ..core.deferred import LastLayer, check_unchanged, multiply_out
 from ..core.fast_path import are_outputs
 from ..core.hints import described, did_you_mean, explained, teaches_by
 from ..core.nested import Conditioning, each, repeat, tensors
-from ..inputs.last_layer import LastLayer
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator
