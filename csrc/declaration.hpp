@@ -19,10 +19,10 @@ constexpr int kMostPrepared = 4, kMostData = 2;
 struct Declaration {
   static constexpr int kParameters = 1;
   // The parameter with a prepare() hook, evaluated once per tile where the parameter broadcasts, and the
-  // number of values it computes.
+  // number of values it computes (q0 to q3); its own term is added to value(), inside of kFactor.
   static constexpr int kHooked = -1, kPrepared = 0;
-  // data() computes, once for all samples, the term of x alone and kData further values of x, which value()
-  // and perhaps gradient() take.
+  // data() computes, once for all samples, the term of x alone (own, outside of kFactor) and kData further
+  // values of x (d0, d1), at least one, which value() and perhaps gradient() take.
   static constexpr int kData = 0;
   static constexpr bool kGradientTakesData = false;
   // zero() is a cheaper value() for x = 0, where data() adds 0, and zero_gradient() likewise gradient():

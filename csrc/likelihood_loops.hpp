@@ -7,6 +7,8 @@
 #define FASTVAE_LIKELIHOOD_LOOPS_HPP
 #endif
 
+#include <type_traits>
+
 #include "common.hpp"
 #include "declaration.hpp"
 #include "elementary.hpp"
@@ -146,8 +148,20 @@ FASTVAE_LOOP double data_of(int n, const C* x, C* const* d) {
     return prepared.own;
   });
 }
+// A hook without its constant would be left out in silence.
+template <class L, class = void>
+constexpr bool has_data = false;
+template <class L>
+constexpr bool has_data<L, std::void_t<decltype(&L::template data<float>)>> = true;
+template <class L, class = void>
+constexpr bool has_prepare = false;
+template <class L>
+constexpr bool has_prepare<L, std::void_t<decltype(&L::template prepare<float>)>> = true;
+
 template <class L, class C>
 constexpr auto data_loop() -> double (*)(int, const C*, C* const*) {
+  static_assert(L::kData > 0 || !has_data<L>, "data() needs kData, its number of further values");
+  static_assert(L::kHooked >= 0 || !has_prepare<L>, "prepare() needs kHooked, its parameter");
   if constexpr (L::kData > 0) return data_of<L, C>;
   return nullptr;
 }

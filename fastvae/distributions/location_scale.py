@@ -125,17 +125,12 @@ class LocationScale(Located):
         return loc + torch.exp(log_scale) * w
 
     def rows(self, start: int, stop: int) -> LocationScale | None:
-        return self._of(lambda t: t[start:stop]) if self._is_family else None
+        return self._of(lambda t: t[start:stop]) if self.is_own else None
 
     def expand(self, batch: int, like: Tensor) -> Distribution:
-        if not self._is_family:
+        if not self.is_own:
             return super().expand(batch, like)
         return self._of(lambda t: t.expand(batch, like.shape[-1]))
-
-    @property
-    def _is_family(self) -> bool:
-        """True for fastvae's own classes (subclasses may override the density)."""
-        return self.family.__module__ == __name__
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> LocationScale:
         """Return the family with ``change`` applied to its parameters."""

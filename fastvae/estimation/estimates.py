@@ -1,7 +1,8 @@
 """Declarations of the estimates of log p(x): how each is combined over a data set, reported and measured.
 
 They are the metadata of the fields of :class:`fastvae.LogMarginal`. The evaluation of data sets, its report,
-its files and ``benchmarks/estimators.py`` read them and name no field, so a new estimate appears in each.
+its files and ``docs/experiments/estimators.py`` read them and name no field, so a new estimate appears in
+each.
 """
 
 from __future__ import annotations

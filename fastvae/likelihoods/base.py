@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import as_int64, check_data, check_result, shape_of
-from ..core.deferred import multiply_out
+from ..core.deferred import LastLayer, multiply_out
 from ..core.hints import described, explained, teaches_by
 from ..core.nested import Conditioning, each, repeat, tensors
-from ..inputs.last_layer import LastLayer
 from ..ops.head import Layers
 from ..ops.op import accumulator
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..core.checks import check_data, check_same_device, check_tensor, on_same_device, shape_of
-from ..core.deferred import check_unchanged
+from ..core.deferred import LastLayer, check_unchanged
 from ..core.fast_path import are_outputs
 from ..core.nested import Conditioning, repeat
-from ..inputs.last_layer import LastLayer
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support
 from ..ops.op import accumulator

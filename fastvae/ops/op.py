@@ -50,7 +50,7 @@ class Op:
     (:func:`or_none`).
 
     Attributes:
-        module: the op's file name in every layer, such as ``"latent"``.
+        module: the op's file name in every layer, such as ``"normal_diagonal"``.
         name: the op, and the function that computes it in ``fastvae.reference.<module>`` and
             ``fastvae.kernels.<module>``.
         schema: arguments and results, in torch's syntax.

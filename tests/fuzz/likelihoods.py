@@ -66,6 +66,10 @@ def _real(u: Tensor) -> Tensor:
     return torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
 
 
+def _positive(u: Tensor) -> Tensor:
+    return _real(u).exp()
+
+
 def _levels(u: Tensor) -> Tensor:
     return (u * 256).floor().clamp(max=255) / 255
 
@@ -74,7 +78,6 @@ DATA = {
     "bernoulli": lambda u: torch.where(u < 0.5, _binary(2 * u), u),
     "continuous_bernoulli": lambda u: u,
     "beta": lambda u: 0.01 + 0.97 * u,
-    "log_normal": lambda u: _real(u).exp(),
     "poisson": _counts,
     "negative_binomial": _counts,
     "zero_inflated_negative_binomial": _counts,
@@ -92,8 +95,9 @@ def _declared(name: str) -> Kind:
             *outputs, *(torch.full_like(outputs[0], c) for c in CONSTANTS.get(name, ()))
         ).log_prob(x)
 
+    data = DATA.get(name, _positive if cls.low == 0 else _real)
     return Kind(
-        lambda event: name, DATA.get(name, _real), _many(returned), log_prob, integers=cls.takes_integers,
+        lambda event: name, data, _many(returned), log_prob, integers=cls.takes_integers,
         sized=name in SIZED, differentiable=cls.differentiable, may_be_large=True,
         scale=0.5 if name == "student_t" else 1.0,
     )  # fmt: skip
