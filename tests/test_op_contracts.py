@@ -234,6 +234,19 @@ def test_layers_of_another_number_of_outputs(overload):
         op(x, h, weight, None, torch.zeros(X), None, "bernoulli")
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(B, X, dtype=torch.complex64), torch.zeros(B, X, 1), torch.zeros(X)]
+)
+def test_data_of_layers_are_real_rows(x, backend):
+    op = torch.ops.fastvae.linear_log_prob.default
+    with (
+        fastvae.use_backend(backend),
+        pytest.raises(ValueError, match="linear_log_prob: x (is|has).* expected"),
+    ):
+        op(x, torch.zeros(K * B, H), torch.zeros(X, H), None, None, None, "bernoulli")
+
+
 @pytest.mark.parametrize(
     "way",
     [
