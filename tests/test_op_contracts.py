@@ -243,7 +243,10 @@ def test_data_are_real_rows(x, op, backend):
     layer = torch.zeros(K * B, H), torch.zeros(X, H), None, None, None, "bernoulli"
     bound = torch.zeros(K * B, X), torch.zeros(B), None, *BoundReduction(1.0, "mean", "mean"), False
     call = getattr(torch.ops.fastvae, op).default
-    with fastvae.use_backend(backend), pytest.raises(ValueError, match=r"^fastvae::.*: x (is|has) .* expected"):
+    with (
+        fastvae.use_backend(backend),
+        pytest.raises(ValueError, match=r"^fastvae::.*: x (is|has) .* expected"),
+    ):
         call(x, *(layer if op == "linear_log_prob" else bound))
 
 
