@@ -230,17 +230,20 @@ def test_gradients_equal_those_of_the_densities_and_reach_no_parameter():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["diagonal", "full"])
 @pytest.mark.parametrize("start", STARTS)
-def test_results_do_not_depend_on_chunks_rows_or_batches(start):
+def test_results_do_not_depend_on_chunks_rows_or_batches(start, family):
+    """Nor for a family whose scale is estimated from draws."""
     model = LinearGaussian(D, X)
     x = model.sample(B)
-    q = model.posterior(x, 0.5, 0.3)
+    mu, logvar = model.posterior(x, 0.5, 0.3)
+    tril = 0.3 * randn(B, D * (D + 1) // 2, seed=2, dtype=mu.dtype)
     options = {"steps": 15, "k": 6, "start": start, "likelihood": model.likelihood}
 
     def estimate(rows=slice(None), **more):
-        its_q = tuple(v[rows] for v in q)
+        q = (mu[rows], logvar[rows]) if family == "diagonal" else FullNormal(mu[rows], tril[rows])
         more = {"generator": generator(3), **options, **more}
-        return fastvae.audit.ais(x[rows], its_q, model.decoder, **more)
+        return fastvae.audit.ais(x[rows], q, model.decoder, **more)
 
     whole = estimate()
     for other in (estimate(k_chunk=1), estimate(k_chunk=4)):

@@ -354,6 +354,9 @@ def test_draws_follow_their_distributions():
     assert mixture.mean(given).shape == (n, 3, 2)
     one_hot = Multinomial().sample(randn(9, 4, seed=3))
     assert torch.equal(one_hot.sum(1), torch.ones(9, device=DEVICE))
+    # Each row has its own probabilities, on any scale.
+    certain = torch.tensor([[40.0, 0.0, 0.0], [90.0, 130.0, 0.0], [90.0, 0.0, 200.0]], device=DEVICE)
+    assert Multinomial().sample(certain).argmax(1).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("op", ["categorical", "mixture"])

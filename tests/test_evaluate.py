@@ -597,6 +597,20 @@ def test_modules_of_a_callable():
     assert other not in modules_of(prior) and module in [m for p in modules_of(prior) for m in p.modules()]
 
 
+def test_a_prior_that_all_batches_share_is_encoded_once():
+    model, x, q = _model_and_data()
+    calls = []
+
+    def encoder(inputs):
+        calls.append(len(inputs))
+        return q(inputs)
+
+    whole = _evaluate(model, q, x, prior=VampPrior(encoder, x[:4]), batch_size=N)
+    parts = _evaluate(model, q, x, prior=VampPrior(encoder, x[:4]), batch_size=10)
+    _assert_same(parts, whole)
+    assert calls == [4, 4]
+
+
 def test_progress_shows_the_running_nll(capsys):
     model, x, q = _model_and_data()
     result = _evaluate(model, q, x, batch_size=10, progress=True)
@@ -655,6 +669,10 @@ def test_the_summary_recommends_an_estimate():
         float((result.jackknife - result.low).square().sum().sqrt()) / N
     )
     assert f"{trusted.nll_jackknife:.2f} ± {result.stderr:.2f} nats, the jackknife's" in _quoted(trusted)
+    # As many digits as the draws determine, two to six.
+    for error, digits in ((0.5, 2), (2e-4, 4), (1e-12, 6)):
+        shown = _quoted(dataclasses.replace(trusted, mc_stderr=error))
+        assert f"by the draws: {low:.{digits}f} to {high:.{digits}f})" in shown
     # An untrusted example contributes its bound, and its interval is open.
     khat, high = trusted.khat.clone(), result.high.clone()
     khat[0], high[0] = 1.2, math.inf

@@ -234,6 +234,22 @@ def test_layers_with_a_wrong_number_of_outputs_are_refused(overload):
         op(x, h, weight, None, torch.zeros(X), None, "bernoulli")
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("op", ["linear_log_prob", "reduce_bernoulli"])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(B, X, dtype=torch.complex64), torch.zeros(B, X, 1), torch.zeros(X)]
+)
+def test_data_are_real_rows(x, op, backend):
+    layer = torch.zeros(K * B, H), torch.zeros(X, H), None, None, None, "bernoulli"
+    bound = torch.zeros(K * B, X), torch.zeros(B), None, *BoundReduction(1.0, "mean", "mean"), False
+    call = getattr(torch.ops.fastvae, op).default
+    with (
+        fastvae.use_backend(backend),
+        pytest.raises(ValueError, match=r"^fastvae::.*: x (is|has) .* expected"),
+    ):
+        call(x, *(layer if op == "linear_log_prob" else bound))
+
+
 @pytest.mark.parametrize(
     "way",
     [

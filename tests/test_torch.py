@@ -197,6 +197,7 @@ def _head_arguments(op: str):
             yield x, *(t if t is None else t.clone().requires_grad_() for t in layers), likelihood
         elif op == "linear_log_prob_backward":
             yield grad, x, *layers, likelihood, need
+            yield grad, x, *layers, likelihood, [True, *[False] * 4]
         else:
             for over, reduction in (("mean", "none"), ("log_mean_exp", "none"), ("log_mean_exp", "mean")):
                 how, term = BoundReduction(-0.5, over, reduction), randn(K, b, seed=7)

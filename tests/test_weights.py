@@ -14,12 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import genpareto as GPD
+from scipy.stats import norm as normal
 
 import fastvae
 from fastvae.estimation import pareto
 from fastvae.estimation.pareto import pareto_khat, tail_length
 from fastvae.estimation.sums import kept_draws
-from fastvae.estimation.weights import Weights
+from fastvae.estimation.weights import Weights, _root
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
@@ -283,6 +284,21 @@ def test_intervals_are_open_for_heavy_tails():
     low, high = _folded(torch.zeros(1, B, device=DEVICE)).interval(0.9)
     torch.testing.assert_close(low, torch.full_like(low, math.log(0.05)))
     assert bool((high == math.inf).all())
+
+
+@pytest.mark.parametrize("steepness", [1.0, 30.0, 3000.0])
+@pytest.mark.parametrize("probability", [0.025, 0.5, 0.975])
+def test_the_ends_of_an_interval_are_exact(steepness, probability):
+    """Quantiles are found to rounding, however narrow the distribution within the range searched."""
+    center = torch.linspace(-0.9, 0.9, 39, dtype=torch.float64, device=DEVICE)
+
+    def excess(value):
+        return torch.special.ndtr(steepness * (value - center)) - probability
+
+    quantile = center + normal.ppf(probability) / steepness
+    inside = quantile.abs() < 1
+    found = _root(excess, torch.full_like(center, -1.0), torch.full_like(center, 1.0))
+    torch.testing.assert_close(found[inside], quantile[inside], rtol=0, atol=1e-13)
 
 
 def test_estimates_of_infinite_and_nan_weights():

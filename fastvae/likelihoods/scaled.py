@@ -39,7 +39,6 @@ class Scaled(Declared):
         super().__init__()
         self._holds: tuple[str, ...] = ()
         self._set_parameter(next(iter(self.own_parameters)), scale, learned)
-        self.learned = learned
 
     def _set_parameter(self, name: str, value: OwnParameter, learned: bool) -> None:
         """Register a parameter as learned or fixed; None leaves it to the decoder."""

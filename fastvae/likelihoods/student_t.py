@@ -113,7 +113,6 @@ class StudentT(Scaled):
             )
         super().__init__(scale, learned=learned)
         self._set_parameter("df", df, learned_df)
-        self.learned_df = learned_df
 
     @property
     def df(self) -> OwnParameter:
