@@ -215,10 +215,11 @@ struct Place {
 enum Kind { kFull = 0, kColumn = 1, kOne = 2, kNumber = 3 };
 inline bool is_shared(int kind) { return kind == kColumn || kind == kNumber; }
 
-// A call: x (B, X), parameters (K, B, X) that may broadcast.
+// A call: x (B, X), parameters (K, B, X) that may broadcast, and a mask (B, X) of bytes, which are 0 where x
+// was not observed; null for none.
 struct Rows {
   int likelihood;
-  Tensor x, p[kMostParameters];
+  Tensor x, mask, p[kMostParameters];
   int kind[kMostParameters];
   i64 samples, rows, columns;
   int threads;
@@ -254,10 +255,10 @@ struct BoundReduction {
   bool log_mean_exp;   // over samples; else their mean
   double scale;        // of the sum over the batch; 0: no sum
 
-  // Of x (B, X), a decoder's outputs, the first (K B, X), and a term (K, B) or (B).
-  BoundReduction(int likelihood, const Tensor& x, int count, const Tensor* outputs, const Tensor& added,
-                 const Tensor& weight, const How& own, int threads)
-      : rows{likelihood, x, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)),
+  // Of x (B, X), its mask, a decoder's outputs, the first (K B, X), and a term (K, B) or (B).
+  BoundReduction(int likelihood, const Tensor& x, const Tensor& mask, int count, const Tensor* outputs,
+                 const Tensor& added, const Tensor& weight, const How& own, int threads)
+      : rows{likelihood, x, mask, {}, {}, 0, x.n0, x.n1, threads}, term(added.along(2)),
         each_sample(added.axes == 2), beta(weight), how(own), coefficient(own.coefficient),
         log_mean_exp(own.log_mean_exp), scale(own.reduction == 'n'   ? 0
                                               : own.reduction == 's' ? 1

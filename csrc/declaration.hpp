@@ -37,6 +37,13 @@ struct Declaration {
   static constexpr double kLow = -__builtin_inf(), kHigh = __builtin_inf();
 };
 
+// The x of elements that were not observed: in the support and, for sparse likelihoods, not 0.
+template <class L>
+constexpr double inside_of() {
+  if (L::kHigh < __builtin_inf()) return 0.5 * (L::kLow + L::kHigh);
+  return L::kLow > -__builtin_inf() ? L::kLow + 1 : 1;
+}
+
 // One element of a tile, and the values that the scalar functions compute for it. No arrays: GCC leaves a
 // loop with one scalar.
 template <class C>

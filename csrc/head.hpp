@@ -458,7 +458,7 @@ inline bool head_reduce_rows(int likelihood, Tensor x, Tensor h, HeadTensors ten
   Tensor full = x;
   full.axes = 2;
   full.n0 = h.n0;
-  const BoundReduction w(likelihood, x, 1, &full, term, beta, how, threads);
+  const BoundReduction w(likelihood, x, {}, 1, &full, term, beta, how, threads);
   const ReductionResults to{bound, log_likelihood, weights};
   const HeadGradients gradients = head_gradients_of(to_h, outputs);
   return wide ? head_reduce<double>(a, w, to, gradients) : head_reduce<float>(a, w, to, gradients);

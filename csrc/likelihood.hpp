@@ -12,6 +12,7 @@
 #define FASTVAE_LIKELIHOOD_HPP
 #endif
 
+#include <type_traits>
 #include <vector>
 
 #include "common.hpp"
@@ -23,18 +24,22 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-constexpr i64 kRowsPerUnit = 16;
-
-// Returns true if x lies in [low, high], or is NaN.
-template <class C>
-FASTVAE_LOOP bool within(int n, const C* x, C lowest, C highest) {
+// Returns true if x lies in [low, high], or is NaN, where it was observed.
+template <bool kMasked, class C>
+FASTVAE_LOOP bool within(int n, const C* x, const Bits<C>* seen, C lowest, C highest) {
   C low = lowest, high = highest;
 #pragma omp simd reduction(min : low) reduction(max : high)
   for (int i = 0; i < n; ++i) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
+    const C given = x[i], value = !kMasked || seen[i] != 0 ? given : lowest;
+    low = value < low ? value : low;
+    high = value > high ? value : high;
   }
   return low == lowest && high == highest;
+}
+template <class C>
+bool is_outside(int n, const TileArrays<C>& a, bool masked, const Loops<C>& f) {
+  return !(masked ? within<true>(n, a.x, a.seen, f.low, f.high)
+                  : within<false>(n, a.x, a.seen, f.low, f.high));
 }
 
 // Rows of up to this many columns are processed many at a time; longer ones gain more by sharing logarithms
@@ -45,9 +50,7 @@ constexpr i64 kShortRow = kTile / 2, kShortRowWithLog = 192;
 template <class C>
 bool reduce_rows(const Rows& a, C* out) {
   const Loops<C>& f = loops<C>(a.likelihood);
-  const i64 total = a.samples * a.rows, size = total * a.columns;
-  // Iterates over a row's samples in the inner loop where they share values prepared from x.
-  const bool row_by_row = f.data != nullptr;
+  const i64 size = a.samples * a.rows * a.columns;
   bool outside = false;
   auto done = [&](bool o) {
     // Several threads may write this; they write the same value.
@@ -55,40 +58,42 @@ bool reduce_rows(const Rows& a, C* out) {
   };
   if (a.columns <= (f.shared_log ? kShortRowWithLog : kShortRow)) {
     const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
-    parallel(a.threads, a.samples * tiles, size, [&](i64 begin, i64 end) {
+    const Order order = order_of_tiles(a, tiles, f.data);
+    parallel(a.threads, order.units(), size, [&](i64 begin, i64 end) {
       ShortRows<C> r(a, static_cast<int>(height), true);
       for (i64 unit = begin; unit < end; ++unit) {
-        const i64 k = row_by_row ? unit % a.samples : unit / tiles;
-        const i64 b = (row_by_row ? unit / a.samples : unit % tiles) * height;
+        const auto [k, tile] = order[unit];
+        const i64 b = tile * height;
         double sums[kMostRows] = {};
         const int count = r.sums(k, b, height, sums);
-        if (f.checked && k == 0) r.outside |= !within(r.shape(count).size(), r.tile.x, f.low, f.high);
+        if (f.checked && k == 0 && r.observed > 0)
+          r.outside |= is_outside(r.shape(count).size(), r.tile, r.is_masked(r.shape(count)), f);
         for (int i = 0; i < count; ++i) out[k * a.rows + b + i] = static_cast<C>(sums[i]);
       }
       done(r.outside);
     });
   } else {
-    const i64 units = (total + kRowsPerUnit - 1) / kRowsPerUnit;
-    parallel(a.threads, units, size, [&](i64 begin, i64 end) {
+    const Order order = order_of(a, f.data, true);
+    parallel(a.threads, order.units(), size, [&](i64 begin, i64 end) {
       Reader<C> r(a, true);
       C odds[kBuffer];
       bool o = false;
       for (i64 unit = begin; unit < end; ++unit) {
-        const i64 first = unit * kRowsPerUnit,
-                  last = first + kRowsPerUnit < total ? first + kRowsPerUnit : total;
-        double sums[kRowsPerUnit] = {};
+        const i64 first = order.begin(unit), last = order.end(unit);
+        double sums[kMostRowsPerUnit] = {};
         for (i64 column = 0; column < a.columns; column += kTile) {
           const int n = tile_width(a.columns, column);
           r.begin_tile(column, n);
           for (i64 i = first; i < last; ++i) {
-            const i64 k = row_by_row ? i % a.samples : i / a.rows;
-            r.read(k, row_by_row ? i / a.samples : i % a.rows, column, n);
-            if (f.checked && k == 0) o |= !within(n, r.tile.x, f.low, f.high);
+            const auto [k, b] = order[i];
+            r.read(k, b, column, n);
+            if (f.checked && k == 0 && r.observes()) o |= is_outside(n, r.tile, r.is_masked(n), f);
             sums[i - first] += r.sum(n, odds);
           }
         }
         for (i64 i = first; i < last; ++i) {
-          out[row_by_row ? i % a.samples * a.rows + i / a.samples : i] = static_cast<C>(sums[i - first]);
+          const auto [k, b] = order[i];
+          out[k * a.rows + b] = static_cast<C>(sums[i - first]);
         }
       }
       done(o);
@@ -127,6 +132,19 @@ struct GradientSink {
       place[j] = direct ? pointer<C>(to.p[j]) + first : out[j];
     }
     return place;
+  }
+  // Clears gradients of what was not observed, of n elements; of all of them.
+  void keep(int n, const Bits<C>* seen) {
+    for (int j = 0; j < f.parameters; ++j) {
+      if (to.p[j]) keep_observed(n, seen, place[j]);
+    }
+    if (to.x) keep_observed(n, seen, out_x);
+  }
+  void clear(int n) {
+    for (int j = 0; j < f.parameters; ++j) {
+      if (to.p[j]) fill(place[j], C(0), n);
+    }
+    if (to.x) fill(out_x, C(0), n);
   }
   // Stores the buffers returned by places(): t.rows rows from (k, b) on, columns from `column` on. `partial`
   // are sums over rows.
@@ -173,20 +191,28 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
     const i64 height = rows_per_tile(across ? a.rows / groups : a.rows, a.columns),
               tiles = (a.rows + height - 1) / height;
     const auto run = f.gradients[ready][with_x][1];
+    const Order order = order_of_tiles(a, tiles, false);
     auto one = [&](ShortRows<C>& r, GradientSink<C>& sink, C* g, i64 k, i64 b, i64 most, i64 group) {
       const Tile t = r.read(k, b, most);
-      for (int i = 0; i < t.rows; ++i) fill(g + i * t.n, sink.grad(k, b + i), t.n);
-      run(t.size(), g, r.tile, sink.out_x, sink.places((k * a.rows + b) * a.columns));
+      C* const* places = sink.places((k * a.rows + b) * a.columns);
+      if (r.observed == 0) {
+        sink.clear(t.size());
+      } else {
+        for (int i = 0; i < t.rows; ++i) fill(g + i * t.n, sink.grad(k, b + i), t.n);
+        run(t.size(), g, r.tile, sink.out_x, places);
+        if (r.is_masked(t)) sink.keep(t.size(), r.seen);
+      }
       sink.put(k, b, 0, t, partial, group);
       return t;
     };
-    parallel(a.threads, across ? groups : a.samples * tiles, total * a.columns, [&](i64 begin, i64 end) {
+    parallel(a.threads, across ? groups : order.units(), total * a.columns, [&](i64 begin, i64 end) {
       ShortRows<C> r(a, static_cast<int>(height), false);
       GradientSink<C> sink(a, to);
       C g[kBuffer];
       for (i64 unit = begin; unit < end; ++unit) {
         if (!across) {
-          one(r, sink, g, unit / tiles, unit % tiles * height, height, 0);
+          const auto [k, tile] = order[unit];
+          one(r, sink, g, k, tile * height, height, 0);
           continue;
         }
         const i64 stop = a.rows * (unit + 1) / groups;
@@ -199,15 +225,18 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
       }
     });
   } else {
-    const i64 units = across ? groups : (total + kRowsPerUnit - 1) / kRowsPerUnit;
-    const auto run = f.gradients[ready][with_x][0];
-    parallel(a.threads, units, total * a.columns, [&](i64 begin, i64 end) {
+    const Order order = order_of(a, f.data, false);
+    parallel(a.threads, across ? groups : order.units(), total * a.columns, [&](i64 begin, i64 end) {
       Reader<C> r(a, false);
       GradientSink<C> sink(a, to);
       auto one = [&](i64 k, i64 b, i64 column, int n, i64 group) {
         r.read(k, b, column, n);
-        const C g = sink.grad(k, b);
-        r.gradients(n, g, run, sink.out_x, sink.places((k * a.rows + b) * a.columns + column));
+        C* const* places = sink.places((k * a.rows + b) * a.columns + column);
+        if (!r.observes()) {
+          sink.clear(n);
+        } else if (!r.gradients(n, sink.grad(k, b), with_x, sink.out_x, places)) {
+          sink.keep(n, r.row->seen);
+        }
         sink.put(k, b, column, {1, n, n}, partial, group);
       };
       for (i64 unit = begin; unit < end; ++unit) {
@@ -215,9 +244,10 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
           const int n = tile_width(a.columns, column);
           r.begin_tile(column, n);
           if (!across) {
-            const i64 first = unit * kRowsPerUnit,
-                      last = first + kRowsPerUnit < total ? first + kRowsPerUnit : total;
-            for (i64 i = first; i < last; ++i) one(i / a.rows, i % a.rows, column, n, 0);
+            for (i64 i = order.begin(unit); i < order.end(unit); ++i) {
+              const auto [k, b] = order[i];
+              one(k, b, column, n, 0);
+            }
             continue;
           }
           for (i64 b = a.rows * unit / groups; b < a.rows * (unit + 1) / groups; ++b) {

@@ -7,6 +7,7 @@
 #define FASTVAE_LIKELIHOOD_LOOPS_HPP
 #endif
 
+#include <cstdint>
 #include <type_traits>
 
 #include "common.hpp"
@@ -19,28 +20,85 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-// A tile's data and parameters, and the values prepared from the data and from the hooked parameter.
+// A mask as integers of a number's size, with all bits set where x was observed and none elsewhere: loops
+// over numbers and bytes would take twice as long. Values are cleared by them, not multiplied by 0: they may
+// be NaN.
+template <class C>
+using Bits = std::conditional_t<sizeof(C) == 4, std::uint32_t, std::uint64_t>;
+template <class C>
+FASTVAE_INLINE C kept(C value, Bits<C> seen) {
+  return bit_cast<C>(static_cast<Bits<C>>(bit_cast<Bits<C>>(value) & seen));
+}
+
+// Returns the number of observed elements.
+template <class C>
+FASTVAE_LOOP int read_bits(int n, const std::uint8_t* mask, Bits<C>* seen) {
+  int count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int i = 0; i < n; ++i) {
+    const bool observed = mask[i] != 0;
+    seen[i] = observed ? static_cast<Bits<C>>(-1) : Bits<C>(0);
+    count += observed;
+  }
+  return count;
+}
+
+template <class C>
+FASTVAE_LOOP int count_observed(int n, const Bits<C>* seen) {
+  int count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int i = 0; i < n; ++i) count += seen[i] != 0;
+  return count;
+}
+
+// Replaces what was not observed; x may be written over itself.
+template <class C>
+FASTVAE_LOOP void cover(int n, const Bits<C>* seen, C inside, const C* x, C* to) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const C given = x[i];
+    to[i] = seen[i] != 0 ? given : inside;
+  }
+}
+
+template <class C>
+FASTVAE_LOOP void keep_observed(int n, const Bits<C>* seen, C* values) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) values[i] = kept(values[i], seen[i]);
+}
+
+template <class C>
+FASTVAE_LOOP double sum_observed(int n, const Bits<C>* seen, const C* values) {
+  return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return kept(values[i], seen[i]); });
+}
+
+// A tile's data, its mask and its parameters, and the values prepared from the data and from the hooked
+// parameter.
 template <class C>
 struct TileArrays {
   const C* x;
+  const Bits<C>* seen;  // only for loops that take a mask
   const C* d[kMostData];
   const C* p[kMostParameters];
   const C* q[kMostPrepared];
 };
 
-// The loops of one likelihood. The index "ready" means that the hooked parameter is already prepared.
+// The loops of one likelihood. The index "ready" means that the hooked parameter is already prepared. The
+// common loops take a mask; the others compute all elements, and what was not observed is cleared.
 template <class C>
 struct Loops {
   int parameters, hooked, prepared;
   bool shared_log, checked, gradient_takes_data;
   double factor, constant;
-  C low, high;
-  double (*sum[2])(int n, const TileArrays<C>& a, C* odds);
+  C low, high, inside;
+  double (*sum[2][2])(int n, const TileArrays<C>& a, C* odds);  // [ready][masked]
   void (*terms[2])(int n, const TileArrays<C>& a, C* out);
   using Gradients = void (*)(int n, const C* g, const TileArrays<C>& a, C* out_x, C* const* out);
-  Gradients gradients[2][2][2];  // [ready][with out_x][many g]
-  double (*prepare)(int n, const C* p, C* const* q);
-  double (*data)(int n, const C* x, C* const* d);  // null if none
+  Gradients gradients[2][2][2];   // [ready][with out_x][many g]
+  Gradients masked_gradients[2];  // [ready], without out_x, of one g
+  // The sum of the elements' own terms, which are written to `own`, too.
+  double (*prepare)(int n, const C* p, C* const* q, C* own);
+  double (*data)(int n, const C* x, C* const* d, C* own);  // null if none
   // For the elements with x = 0 alone; null if not declared.
   double (*zeros[2])(int n, const TileArrays<C>& a);
   void (*zero_gradients[2])(int n, C g, const TileArrays<C>& a, C* const* out);
@@ -80,14 +138,15 @@ FASTVAE_INLINE Element<C> with_data(const TileArrays<C>& a, int i, Element<C> e)
   return e;
 }
 
-template <class L, bool kReady, class C>
+template <class L, bool kReady, bool kMasked, class C>
 FASTVAE_LOOP double sum_of(int n, const TileArrays<C>& a, C* odds) {
   return sum_over<C>(n, [=](int i) FASTVAE_INLINED {
     C own = 0;
     const Value<C> v = L::value(with_data<L, true>(a, i, element<L, kReady>(a, i, own)));
-    if constexpr (L::kSharedLog) odds[i] = v.odds;
+    if constexpr (L::kSharedLog) odds[i] = kMasked ? kept(v.odds, a.seen[i]) : v.odds;
     // Not 0 + value: the compiler cannot drop the addition, because of the sign of 0.
-    return L::kHooked >= 0 && !kReady ? own + v.value : v.value;
+    const C value = L::kHooked >= 0 && !kReady ? own + v.value : v.value;
+    return kMasked ? kept(value, a.seen[i]) : value;
   });
 }
 
@@ -104,25 +163,26 @@ FASTVAE_LOOP void terms_of(int n, const TileArrays<C>& a, C* __restrict out) {
 }
 
 // g is one number, or with kMany one per element.
-template <class L, bool kReady, bool kX, bool kMany, class C>
+template <class L, bool kReady, bool kX, bool kMany, bool kMasked, class C>
 FASTVAE_LOOP void gradients_of(int n, const C* g, const TileArrays<C>& a, C* __restrict out_x,
                                C* const* out) {
   const C one = *g;
   C* __restrict out0 = out[0], * __restrict out1 = out[1], * __restrict out2 = out[2];
+  [[maybe_unused]] const Bits<C>* seen = a.seen;
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     C own = 0;
     const Slopes<C> s = L::gradient(kMany ? g[i] : one,
                                     with_data<L, L::kGradientTakesData>(a, i, element<L, kReady>(a, i, own)));
-    out0[i] = s.p0;
-    if constexpr (L::kParameters > 1) out1[i] = s.p1;
-    if constexpr (L::kParameters > 2) out2[i] = s.p2;
+    out0[i] = kMasked ? kept(s.p0, seen[i]) : s.p0;
+    if constexpr (L::kParameters > 1) out1[i] = kMasked ? kept(s.p1, seen[i]) : s.p1;
+    if constexpr (L::kParameters > 2) out2[i] = kMasked ? kept(s.p2, seen[i]) : s.p2;
     if constexpr (kX) out_x[i] = s.x;
   }
 }
 
 template <class L, class C>
-FASTVAE_LOOP double prepare_all(int n, const C* p, C* const* q) {
+FASTVAE_LOOP double prepare_all(int n, const C* p, C* const* q, C* own) {
   if constexpr (L::kHooked < 0) {
     return 0;
   } else {
@@ -133,18 +193,20 @@ FASTVAE_LOOP double prepare_all(int n, const C* p, C* const* q) {
       if constexpr (L::kPrepared > 1) q1[i] = prepared.q1;
       if constexpr (L::kPrepared > 2) q2[i] = prepared.q2;
       if constexpr (L::kPrepared > 3) q3[i] = prepared.q3;
+      own[i] = prepared.own;
       return prepared.own;
     });
   }
 }
 
 template <class L, class C>
-FASTVAE_LOOP double data_of(int n, const C* x, C* const* d) {
+FASTVAE_LOOP double data_of(int n, const C* x, C* const* d, C* own) {
   C *d0 = d[0], *d1 = d[1];
   return sum_over<C>(n, [=](int i) FASTVAE_INLINED {
     const Prepared<C> prepared = L::data(x[i]);
     d0[i] = prepared.q0;
     if constexpr (L::kData > 1) d1[i] = prepared.q1;
+    own[i] = prepared.own;
     return prepared.own;
   });
 }
@@ -159,7 +221,7 @@ template <class L>
 constexpr bool has_prepare<L, std::void_t<decltype(&L::template prepare<float>)>> = true;
 
 template <class L, class C>
-constexpr auto data_loop() -> double (*)(int, const C*, C* const*) {
+constexpr auto data_loop() -> double (*)(int, const C*, C* const*, C*) {
   static_assert(L::kData > 0 || !has_data<L>, "data() needs kData, its number of further values");
   static_assert(L::kHooked >= 0 || !has_prepare<L>, "prepare() needs kHooked, its parameter");
   if constexpr (L::kData > 0) return data_of<L, C>;
@@ -198,12 +260,14 @@ constexpr auto zero_gradients_loop() -> void (*)(int, C, const TileArrays<C>&, C
   return nullptr;
 }
 
-template <class L, bool kReady, class C>
-constexpr auto sum_loop = sum_of<L, kReady && L::kHooked >= 0, C>;
+template <class L, bool kReady, bool kMasked, class C>
+constexpr auto sum_loop = sum_of<L, kReady && L::kHooked >= 0, kMasked, C>;
 template <class L, bool kReady, class C>
 constexpr auto terms_loop = terms_of<L, kReady && L::kHooked >= 0, C>;
 template <class L, bool kReady, bool kX, bool kMany, class C>
-constexpr auto gradients_loop = gradients_of<L, kReady && L::kHooked >= 0, kX, kMany, C>;
+constexpr auto gradients_loop = gradients_of<L, kReady && L::kHooked >= 0, kX, kMany, false, C>;
+template <class L, bool kReady, class C>
+constexpr auto masked_gradients_loop = gradients_of<L, kReady && L::kHooked >= 0, false, false, true, C>;
 
 template <class L, class C>
 const Loops<C> loops_of = {
@@ -217,12 +281,15 @@ const Loops<C> loops_of = {
     L::kConstant,
     static_cast<C>(L::kLow),
     static_cast<C>(L::kHigh),
-    {sum_loop<L, false, C>, sum_loop<L, true, C>},
+    static_cast<C>(inside_of<L>()),
+    {{sum_loop<L, false, false, C>, sum_loop<L, false, true, C>},
+     {sum_loop<L, true, false, C>, sum_loop<L, true, true, C>}},
     {terms_loop<L, false, C>, terms_loop<L, true, C>},
     {{{gradients_loop<L, false, false, false, C>, gradients_loop<L, false, false, true, C>},
       {gradients_loop<L, false, true, false, C>, gradients_loop<L, false, true, true, C>}},
      {{gradients_loop<L, true, false, false, C>, gradients_loop<L, true, false, true, C>},
       {gradients_loop<L, true, true, false, C>, gradients_loop<L, true, true, true, C>}}},
+    {masked_gradients_loop<L, false, C>, masked_gradients_loop<L, true, C>},
     prepare_all<L, C>,
     data_loop<L, C>(),
     {zeros_loop<L, false, C>(), zeros_loop<L, true, C>()},

@@ -229,7 +229,7 @@ def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tenso
     out = walk.rows.new_empty(walk.rows.shape[:2], dtype=walk.dtype)
     for block in walk.blocks():
         outputs, _ = walk.outputs(block)
-        out[block] = log_prob(likelihood, x[block[1]], *outputs, *walk.parameters)
+        out[block] = log_prob(likelihood, x[block[1]], None, *outputs, *walk.parameters)
     return out
 
 
@@ -262,7 +262,7 @@ def linear_log_prob_backward(
         outputs, wide = walk.outputs(block)
         upstream = grad[block].contiguous()
         _, *grads = log_prob_backward(
-            likelihood, upstream, x[block[1]], *outputs, *walk.parameters, need_block
+            likelihood, upstream, x[block[1]], None, *outputs, *walk.parameters, need_block
         )
         for j, g in enumerate(grads[:count]):
             if g is None:

@@ -41,6 +41,7 @@ from .likelihood_parameters import (
     all_parameters,
     described,
     launching_of,
+    observed,
     scalar_functions,
 )
 
@@ -65,6 +66,7 @@ def load_parameter(
 @triton.jit(do_not_specialize=["K", "B", "x_tiles"], do_not_specialize_on_alignment=["k_splits"])
 def log_prob_kernel(
     p_x,  # [B, X] data, of any type
+    p_mask,  # [B, X] bool, True where x was observed, or None
     p_p0,  # [K or 1, B or 1, X or 1] the parameters; None beyond the last
     p_p1,
     p_p2,
@@ -76,6 +78,8 @@ def log_prob_kernel(
     x_tiles,  # blocks of pixels of one program
     stride_x_b,
     stride_x_x,
+    stride_mask_b,
+    stride_mask_x,
     stride_0_k,
     stride_0_b,
     stride_0_x,
@@ -92,6 +96,7 @@ def log_prob_kernel(
     FACTOR: tl.constexpr,
     SHARED_LOG: tl.constexpr,
     PADDING: tl.constexpr,
+    INSIDE: tl.constexpr,  # an x in the support
     DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -114,6 +119,9 @@ def log_prob_kernel(
         o_x = event_offsets(i_x, BLOCK_X, 2)  # [1, 1, BLOCK_X]
         m_x = o_x < X
         b_x = load(p_x, o_b * stride_x_b + o_x * stride_x_x, (o_b < B) & m_x, DTYPE)
+        if p_mask is not None:
+            o_mask = o_b * stride_mask_b + o_x * stride_mask_x
+            b_x, m_seen = observed(p_mask, o_mask, b_x, (o_b < B) & m_x, INSIDE)
         b_0 = load_parameter(
             p_p0, i_k, i_b, i_x, K, B, X, stride_0_k, stride_0_b, stride_0_x,
             ALONG_ALL, 0.0 if PADDING is None else PADDING, DTYPE, BLOCK_K, BLOCK_B, BLOCK_X,
@@ -142,7 +150,11 @@ def log_prob_kernel(
             b_value, b_odds = b_value
         if DATA is not None:
             b_value += b_data_value
-        if PADDING is None:
+        if p_mask is not None:
+            b_value = tl.where(m_seen, b_value, 0.0)
+            if SHARED_LOG:
+                b_odds = tl.where(m_seen, b_odds, 0.0)
+        elif PADDING is None:
             b_value = tl.where(m_x, b_value, 0.0)
             if SHARED_LOG:
                 b_odds = tl.where(m_x, b_odds, 0.0)
@@ -201,6 +213,7 @@ def store_row_sums(p_grad, s_grad, o_k, o_b, K, B, LAYOUT: tl.constexpr):
 def log_prob_backward_kernel(
     p_grad,  # [K, B] gradient of the log-likelihood
     p_x,  # [B, X] data, of any type
+    p_mask,  # [B, X] bool, True where x was observed, or None
     p_p0,  # [K or 1, B or 1, X or 1] the parameters; None beyond the last
     p_p1,
     p_p2,
@@ -219,6 +232,8 @@ def log_prob_backward_kernel(
     stride_grad_b,
     stride_x_b,
     stride_x_x,
+    stride_mask_b,
+    stride_mask_x,
     stride_0_k,
     stride_0_b,
     stride_0_x,
@@ -237,6 +252,7 @@ def log_prob_backward_kernel(
     VARIES_2: tl.constexpr,
     GRADIENT: tl.constexpr,  # the likelihood's function, see fastvae.kernels.likelihoods
     FINITE: tl.constexpr,
+    INSIDE: tl.constexpr,  # an x in the support
     DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -266,6 +282,9 @@ def log_prob_backward_kernel(
             m_b = o_b < B
             m_bx = m_b & m_x
             b_x = load(p_x, o_b * stride_x_b + o_x * stride_x_x, m_bx, DTYPE)
+            if p_mask is not None:
+                o_mask = o_b * stride_mask_b + o_x * stride_mask_x
+                b_x, m_seen = observed(p_mask, o_mask, b_x, m_bx, INSIDE)
             # The gradient of x is summed over samples.
             s_x = tl.zeros([BLOCK_K, BLOCK_B, BLOCK_X], dtype=DTYPE)  # [BLOCK_K, BLOCK_B, BLOCK_X]
             for i_k in range(k_start, k_stop, BLOCK_K):
@@ -295,16 +314,24 @@ def log_prob_backward_kernel(
                     b_grads = GRADIENT(b_g, b_x, b_0, b_1, b_2)
                 o_out = (o_k * B + o_b) * X + o_x
                 if p_grad_x is not None:
-                    s_x += b_grads[0] if FINITE else tl.where(m_row, b_grads[0], 0.0)
-                s_0 = store_or_add(p_grad_p0, s_0, b_grads[1], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_0)
+                    b_to_x = b_grads[0]
+                    if p_mask is not None:
+                        b_to_x = tl.where(m_seen, b_to_x, 0.0)
+                    s_x += b_to_x if FINITE else tl.where(m_row, b_to_x, 0.0)
+                b_to_0 = b_grads[1]
+                if p_mask is not None:
+                    b_to_0 = tl.where(m_seen, b_to_0, 0.0)
+                s_0 = store_or_add(p_grad_p0, s_0, b_to_0, o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_0)
                 if p_p1 is not None:
-                    s_1 = store_or_add(
-                        p_grad_p1, s_1, b_grads[2], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_1
-                    )
+                    b_to_1 = b_grads[2]
+                    if p_mask is not None:
+                        b_to_1 = tl.where(m_seen, b_to_1, 0.0)
+                    s_1 = store_or_add(p_grad_p1, s_1, b_to_1, o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_1)
                 if p_p2 is not None:
-                    s_2 = store_or_add(
-                        p_grad_p2, s_2, b_grads[3], o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_2
-                    )
+                    b_to_2 = b_grads[3]
+                    if p_mask is not None:
+                        b_to_2 = tl.where(m_seen, b_to_2, 0.0)
+                    s_2 = store_or_add(p_grad_p2, s_2, b_to_2, o_out, m_row, m_x, (o_k < K) & m_bx, LAYOUT_2)
             if p_grad_x is not None:
                 o_part = (i_split.to(tl.int64) * B + o_b) * X + o_x
                 store(p_grad_x, o_part, tl.sum(s_x, axis=0, keep_dims=True), m_b & m_x)
@@ -319,7 +346,7 @@ def log_prob_backward_kernel(
 
 
 @planned
-def _log_prob(x, *rest) -> Call:
+def _log_prob(x, mask, *rest) -> Call:
     *given, likelihood = rest
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
@@ -332,22 +359,34 @@ def _log_prob(x, *rest) -> Call:
         log_prob_kernel,
         tiles.grid,
         (Result((k, b), dtype, tiles.x_splits),),
-        (k, b, fixed(size), tiles.k_splits, tiles.x_tiles, *map(fixed, strides(x, 2)), *numbers),
-        {**varies, **functions, "DTYPE": triton_dtype(dtype), **tiles.blocks},
+        (
+            *(k, b, fixed(size), tiles.k_splits, tiles.x_tiles),
+            *(*map(fixed, (*strides(x, 2), *strides(mask, 2))), *numbers),
+        ),
+        {
+            **varies,
+            **functions,
+            "INSIDE": float(likelihood.inside),
+            "DTYPE": triton_dtype(dtype),
+            **tiles.blocks,
+        },
         launching.warps(dtype),
         MAX_PARAMETERS - len(given),
     )
 
 
-def log_prob(likelihood: Any, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+def log_prob(
+    likelihood: Any, x: torch.Tensor, mask: torch.Tensor | None, *parameters: torch.Tensor
+) -> torch.Tensor:
     """Return log p(x|z) summed over the last axis: [K, B].
 
-    x is [B, X]; the first parameter is [K, B, X], the others broadcast to it.
+    x is [B, X]; the first parameter is [K, B, X], the others broadcast to it. Elements of x where the mask
+    [B, X] is False count 0.
     """
     first = parameters[0]
     if first.numel() == 0:
         return x.new_zeros(first.shape[:2], dtype=accumulator(x, *parameters))
-    return _log_prob((x, *parameters), (likelihood,))[0]
+    return _log_prob((x, mask, *parameters), (likelihood,))[0]
 
 
 def _layout(parameter: torch.Tensor | None, needed: bool, k: int, b: int, size: int) -> int:
@@ -360,7 +399,7 @@ def _layout(parameter: torch.Tensor | None, needed: bool, k: int, b: int, size: 
 
 
 @planned
-def _gradients(grad, x, *rest) -> Call:
+def _gradients(grad, x, mask, *rest) -> Call:
     *given, likelihood, need = rest
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
@@ -368,7 +407,7 @@ def _gradients(grad, x, *rest) -> Call:
     needed = [*need[1:], *[False] * (MAX_PARAMETERS - len(given))]
     layouts = [_layout(p, n, k, b, size) for p, n in zip(parameters, needed, strict=True)]
     if is_flat(parameters, layouts, need[0]):
-        return flat_gradients(grad, x, parameters, likelihood, needed)
+        return flat_gradients(grad, x, mask, parameters, likelihood, needed)
     # The more samples or rows a program takes, the fewer parts remain to be summed; a sum over a row's pixels
     # needs one block of rows.
     column, row = COLUMN.value in layouts, ROW.value in layouts
@@ -392,7 +431,7 @@ def _gradients(grad, x, *rest) -> Call:
         tuple(results),
         (
             *(k, b, fixed(size), tiles.k_per_program, tiles.b_per_program, tiles.k_splits, tiles.x_tiles),
-            *(*strides(grad, 2), *map(fixed, strides(x, 2)), *numbers),
+            *(*strides(grad, 2), *map(fixed, (*strides(x, 2), *strides(mask, 2))), *numbers),
         ),
         {
             "MERGE_K": tiles.k_per_program > tiles.block_k,
@@ -400,6 +439,7 @@ def _gradients(grad, x, *rest) -> Call:
             **{f"LAYOUT_{i}": layout for i, layout in enumerate(layouts)},
             **varies,
             **scalar_functions(likelihood.name)[1],
+            "INSIDE": float(likelihood.inside),
             "DTYPE": triton_dtype(dtype),
             **tiles.blocks,
         },
@@ -409,13 +449,13 @@ def _gradients(grad, x, *rest) -> Call:
 
 
 def log_prob_backward(
-    likelihood: Any, grad: torch.Tensor, x: torch.Tensor, *rest: Any
+    likelihood: Any, grad: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of (x, *parameters), None where the last argument, ``need``, is False."""
     *given, need = rest
     if given[0].numel() == 0 or not any(need):
         return tuple(torch.zeros_like(t) if n else None for t, n in zip((x, *given), need, strict=True))
-    grad_x, *grads = _gradients((grad, x, *given), (likelihood, tuple(need)))
+    grad_x, *grads = _gradients((grad, x, mask, *given), (likelihood, tuple(need)))
     return grad_x, *(
         g if g is None or g.shape == p.shape else _sum_to_shape_of(g, p)
         for g, p in zip(grads, given, strict=False)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .common import LAUNCH, accumulator, cdiv, event_offsets, load, power_of_two, store, strides, triton_dtype
 from .launching import Call, Result, fixed
-from .likelihood_parameters import ALONG_X, FULL, NONE, launching_of, scalar_functions, varies_along
+from .likelihood_parameters import ALONG_X, FULL, NONE, launching_of, observed, scalar_functions, varies_along
 
 # Samples per program, sharing x, where no gradient is summed.
 SAMPLES_FLAT = 2
@@ -30,6 +30,7 @@ def load_flat(p_p, o_flat, o_x, mask, m_x, VARIES: tl.constexpr, DTYPE: tl.const
 def log_prob_flat_backward_kernel(
     p_grad,  # [K, B] gradient of the log-likelihood
     p_x,  # [B, X] data, of any type
+    p_mask,  # [B, X] bool, True where x was observed, or None
     p_p0,  # [K, B, X] the parameters, contiguous; the others may also be one row, one number or None
     p_p1,
     p_p2,
@@ -44,9 +45,12 @@ def log_prob_flat_backward_kernel(
     stride_grad_b,
     stride_x_b,
     stride_x_x,
+    stride_mask_b,
+    stride_mask_x,
     VARIES_1: tl.constexpr,
     VARIES_2: tl.constexpr,
     GRADIENT: tl.constexpr,  # the likelihood's function, see fastvae.kernels.likelihoods
+    INSIDE: tl.constexpr,  # an x in the support
     DTYPE: tl.constexpr,  # dtype of the computation: float32 or float64
     VECTOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -66,6 +70,9 @@ def log_prob_flat_backward_kernel(
     o_b = o_b.to(tl.int64)
     b_g = load(p_grad, o_k * stride_grad_k + o_b * stride_grad_b, mask, DTYPE)  # [BLOCK_K, BLOCK_G, 1]
     b_x = load(p_x, o_b * stride_x_b + o_x * stride_x_x, m_g, DTYPE)  # [1, BLOCK_G, VECTOR]
+    if p_mask is not None:
+        o_mask = o_b * stride_mask_b + o_x * stride_mask_x
+        b_x, m_seen = observed(p_mask, o_mask, b_x, m_g, INSIDE)
     o_flat = o_k * G * VECTOR + (o_g * VECTOR + o_vector)
     b_0 = load(p_p0, o_flat, mask, DTYPE)
     if p_p1 is not None:
@@ -79,11 +86,20 @@ def log_prob_flat_backward_kernel(
     else:
         b_grads = GRADIENT(b_g, b_x, b_0, b_1, b_2)
     if p_grad_p0 is not None:
-        store(p_grad_p0, o_flat, b_grads[1], mask)
+        b_to_0 = b_grads[1]
+        if p_mask is not None:
+            b_to_0 = tl.where(m_seen, b_to_0, 0.0)
+        store(p_grad_p0, o_flat, b_to_0, mask)
     if p_grad_p1 is not None:
-        store(p_grad_p1, o_flat, b_grads[2], mask)
+        b_to_1 = b_grads[2]
+        if p_mask is not None:
+            b_to_1 = tl.where(m_seen, b_to_1, 0.0)
+        store(p_grad_p1, o_flat, b_to_1, mask)
     if p_grad_p2 is not None:
-        store(p_grad_p2, o_flat, b_grads[3], mask)
+        b_to_2 = b_grads[3]
+        if p_mask is not None:
+            b_to_2 = tl.where(m_seen, b_to_2, 0.0)
+        store(p_grad_p2, o_flat, b_to_2, mask)
 
 
 def is_flat(parameters: tuple[torch.Tensor | None, ...], layouts: list[int], need_x: bool) -> bool:
@@ -109,7 +125,7 @@ def is_flat(parameters: tuple[torch.Tensor | None, ...], layouts: list[int], nee
     )
 
 
-def flat_gradients(grad, x, parameters, likelihood, needed) -> Call:
+def flat_gradients(grad, x, mask, parameters, likelihood, needed) -> Call:
     k, b, size = parameters[0].shape
     dtype = accumulator(x, *(p for p in parameters if p is not None))
     # Up to 16 bytes, one load, and a divisor of the row.
@@ -122,10 +138,11 @@ def flat_gradients(grad, x, parameters, likelihood, needed) -> Call:
         log_prob_flat_backward_kernel,
         (cdiv(groups, block_g), cdiv(k, block_k)),
         (None, *results),
-        (k, groups, fixed(size), *strides(grad, 2), *map(fixed, strides(x, 2))),
+        (k, groups, fixed(size), *strides(grad, 2), *map(fixed, (*strides(x, 2), *strides(mask, 2)))),
         {
             **{f"VARIES_{i}": varies_along(p) for i, p in enumerate(parameters) if i},
             "GRADIENT": scalar_functions(likelihood.name)[1]["GRADIENT"],
+            "INSIDE": float(likelihood.inside),
             "DTYPE": triton_dtype(dtype),
             "VECTOR": vector,
             "BLOCK_K": block_k,

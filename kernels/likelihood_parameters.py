@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from .common import LAUNCH, Launch, strides
@@ -17,6 +18,13 @@ MAX_PARAMETERS = 3
 NONE, FULL, COLUMN, ROW = (tl.constexpr(i) for i in range(4))
 # Bits of VARIES, the axes along which a parameter has more than one value.
 ALONG_K, ALONG_B, ALONG_X, ALONG_ALL = (tl.constexpr(i) for i in (1, 2, 4, 7))
+
+
+@triton.jit
+def observed(p_mask, o_mask, b_x, mask, INSIDE: tl.constexpr):
+    """Return x with INSIDE where it was not observed, and where it was."""
+    m_seen = tl.load(p_mask + o_mask, mask=mask, other=0) != 0  # a bool is a byte
+    return tl.where(m_seen, b_x, INSIDE), m_seen
 
 
 @functools.cache

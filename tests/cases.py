@@ -64,6 +64,29 @@ def parameters(
     return [torch.randn(shape, generator=generator).to(device=DEVICE, dtype=dtype) for _ in range(number)]
 
 
+MASKS = ("all", "none", "of one event", "few", "most")
+BAD = (math.nan, math.inf, -math.inf, -7.0, 1e30)
+
+
+def mask_of(kind: str, *shape: int, seed: int = 0) -> Tensor:
+    """Return a mask [B, *event]: of any density with whole rows left out, or shared by all rows."""
+    uniform = torch.rand(shape, generator=torch.Generator().manual_seed(seed + 2))
+    if kind in ("all", "none"):
+        return torch.full(shape, kind == "all", device=DEVICE)
+    if kind == "of one event":
+        return (uniform[:1] < 0.6).expand(shape).to(DEVICE)
+    observed = uniform < (0.15 if kind == "few" else 0.8)
+    observed[::3] = False
+    return observed.to(DEVICE)
+
+
+def spoiled(value: Tensor, mask: Tensor, bad: float) -> Tensor:
+    """Return the value with ``bad``, or another extreme number of its dtype, where the mask is False."""
+    if not value.is_floating_point():
+        bad = 1 if value.dtype == torch.bool else torch.iinfo(value.dtype).max
+    return torch.where(mask, value, torch.full((), bad, dtype=value.dtype, device=value.device))
+
+
 def returned(likelihood: str) -> int:
     """Return the number of parameters that the decoder returns."""
     return len(DECLARED[likelihood].outputs) - len(DECLARED[likelihood].constants)
@@ -93,6 +116,10 @@ def log_prob(draw, likelihood: str, sizes=SIZES):
         # A number or row often stays in float32 when the other tensors are in half precision.
         kept = torch.float32 if i and dtype != torch.float64 and draw(st.booleans()) else dtype
         given.append(draw(strategies.tensors(shape, kept, spread=spread, device=DEVICE)))
+    mask, bad = None, None
+    if (kind := draw(st.sampled_from((None, None, *MASKS)))) is not None:
+        mask = mask_of(kind, b, *event, seed=draw(strategies.seeds))
+        bad = draw(st.sampled_from((None, *BAD)))
     asked = st.lists(st.booleans(), min_size=len(given), max_size=len(given))
     need_x = declared.differentiable and draw(st.booleans())
     need = [need_x, *draw(asked if need_x else asked.filter(any))]
@@ -102,13 +129,25 @@ def log_prob(draw, likelihood: str, sizes=SIZES):
         "parameters": given,
         "grad": draw(strategies.tensors((k, b), torch.float32, device=DEVICE)),
         "need": need,
+        "mask": mask,
+        "bad": bad,
     }
 
 
 def case(
-    likelihood: str, k: int, b: int, x: int, shape: tuple[int, ...] | None = None, seed: int = 0
+    likelihood: str,
+    k: int,
+    b: int,
+    x: int,
+    shape: tuple[int, ...] | None = None,
+    seed: int = 0,
+    mask: str | None = None,
+    bad: float | None = None,
 ) -> dict:
-    """Return a call with the given sizes and all gradients; ``shape`` is that of the later parameters."""
+    """Return a call with the given sizes and all gradients; ``shape`` is that of the later parameters.
+
+    With ``bad`` x and the first parameter contain it where the mask is False.
+    """
     declared = DECLARED[likelihood]
     first, *others = parameters(likelihood, k, b, x, seed=seed)
     if shape is not None:
@@ -119,15 +158,19 @@ def case(
         "parameters": [first, *others],
         "grad": torch.randn(k, b, generator=torch.Generator().manual_seed(seed)).to(DEVICE),
         "need": [declared.differentiable] + [True] * len(declared.outputs),
+        "mask": None if mask is None else mask_of(mask, b, x, seed=seed),
+        "bad": bad,
     }
 
 
 def run(case: dict) -> list[Tensor]:
     """Return the op's result and its gradients."""
-    inputs = [t.detach() for t in (case["x"], *case["parameters"])]
+    inputs, mask = [t.detach() for t in (case["x"], *case["parameters"])], case["mask"]
+    if case["bad"] is not None:
+        inputs[:2] = [spoiled(t, mask, case["bad"]) for t in inputs[:2]]
     for t, need in zip(inputs, case["need"], strict=True):
         t.requires_grad_(need)
-    out = getattr(fastvae.ops, f"{case['likelihood']}_log_prob")(*inputs)
+    out = getattr(fastvae.ops, f"{case['likelihood']}_log_prob")(*inputs, mask=mask)
     asked = [t for t in inputs if t.requires_grad]
     grads = torch.autograd.grad(out, asked, case["grad"].to(out.dtype))
     assert all(g.dtype == t.dtype for g, t in zip(grads, asked, strict=True))
@@ -139,7 +182,8 @@ def results(case: dict) -> list[tuple]:
     actual = run(case)
     with fastvae.use_backend("reference"):
         eager = run(case)
-    out, grads = formulas.rows(case["likelihood"], case["x"], *case["parameters"], case["grad"])
+    given = case["x"], *case["parameters"], case["grad"]
+    out, grads = formulas.rows(case["likelihood"], *given, mask=case["mask"])
     names = ("x", *DECLARED[case["likelihood"]].outputs)
     wanted = [(f"gradient of {n}", g) for n, g, need in zip(names, grads, case["need"], strict=True) if need]
     return [(n, a, e, w) for (n, w), a, e in zip([("log prob", out), *wanted], actual, eager, strict=True)]

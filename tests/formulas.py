@@ -138,12 +138,15 @@ def spread(
 GROUPED = 3
 
 
-def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, list[Rounded | None]]:
+def rows(
+    likelihood: str, x: Tensor, *rest: Tensor | Rounded, mask: Tensor | None = None
+) -> tuple[Rounded, list[Rounded | None]]:
     """Compute log_prob [K, B] of a declared likelihood, and the gradients of x and of the parameters.
 
     x is [B, *event], and its gradient None if the likelihood has none. The parameters, given or computed,
     broadcast to the first, [K, B, *event]. The last argument is the upstream gradient [K, B]. The values are
-    those of an independent distribution in float64, the errors those of the definition.
+    those of an independent distribution in float64, the errors those of the definition. Where the mask
+    [B, *event] is False, x and the parameters are valid but count nothing.
     """
     declared = DECLARED[likelihood]
     *parameters, grad = (t.detach() if isinstance(t, Tensor) else t for t in rest)
@@ -177,7 +180,8 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
         error = error + 8 * defined.u * own.abs()
     else:
         assert_close(defined.value, values.detach(), of_oracle)
-    out = total([Rounded(values.detach(), error, defined.u)], *events)
+    each = Rounded(values.detach(), error, defined.u)
+    out = total([each if mask is None else each.where(mask)], *events)
 
     made = declared.gradient(g, *terms)
     found = []
@@ -185,7 +189,8 @@ def rows(likelihood: str, x: Tensor, *rest: Tensor | Rounded) -> tuple[Rounded, 
         value = g.value * slope
         bound = GROUPED * gradient.error + of_oracle * g.value.abs()
         assert_close(gradient.value, value, of_oracle * (1 + g.value.abs()))
-        found.append(Rounded(*torch.broadcast_tensors(value, bound), defined.u))
+        gradient = Rounded(*torch.broadcast_tensors(value, bound), defined.u)
+        found.append(gradient if mask is None else gradient.where(mask))
     to_x = [found.pop(0).sum(0)] if declared.differentiable else [None]
     return out, to_x + [f.sum_to_size(p.value.shape) for f, p in zip(found, parameters, strict=True)]
 
@@ -329,6 +334,7 @@ def reduce(
     how: tuple[float, str, str],
     grad: Tensor,
     grad_mean: Tensor | None,
+    mask: Tensor | None = None,
 ) -> tuple[list[Rounded], list[Rounded | None]]:
     """Compute the bound and the mean log-likelihood, and the gradients of x, the parameters and the term.
 
@@ -343,7 +349,8 @@ def reduce(
     def exact(value):
         return Rounded.exact(torch.as_tensor(value, dtype=torch.float64, device=x.device), dtype)
 
-    log_likelihood, _ = rows(likelihood, x, *parameters, torch.zeros(samples, batch, device=x.device))
+    nothing = torch.zeros(samples, batch, device=x.device)
+    log_likelihood, _ = rows(likelihood, x, *parameters, nothing, mask=mask)
     log_likelihood = log_likelihood.rounded(1)
     k, one = exact(samples), exact(1.0)
     mean = log_likelihood.sum(0) / k
@@ -364,5 +371,5 @@ def reduce(
     to_term = factor * (g if added.value.dim() == 2 else once)
     if grad_mean is not None:
         g = total([g, (exact(grad_mean) / k).expand(samples, batch)])
-    _, grads = rows(likelihood, x, *parameters, g)
+    _, grads = rows(likelihood, x, *parameters, g, mask=mask)
     return [bound, mean], [*grads, None if term is None else to_term]

@@ -303,9 +303,9 @@ for b in range(2, 130):
                     for name, declared in DECLARED.items()
                     for given in ([t(k, b, d)] * len(declared.outputs),)
                     for call in (
-                        lambda l=declared, g=given: likelihood.log_prob(l, t(b, d), *g),
+                        lambda l=declared, g=given: likelihood.log_prob(l, t(b, d), None, *g),
                         lambda l=declared, g=given: likelihood.log_prob_backward(
-                            l, t(k, b), t(b, d), *g, [False] + [True] * len(g)
+                            l, t(k, b), t(b, d), None, *g, [False] + [True] * len(g)
                         ),
                     )
                 ),

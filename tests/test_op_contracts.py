@@ -76,9 +76,10 @@ def recorded(likelihoods):
         for name in likelihoods:
             x = cases.data(name, B, X, seed=1).cpu().clamp(max=100)  # fits int8
             parameters = [p.cpu().requires_grad_() for p in cases.parameters(name, K, B, X, seed=2)]
-            total = total + getattr(ops, f"{name}_log_prob")(x, *parameters).sum()
+            mask = cases.mask_of("most", B, X).cpu()
+            total = total + getattr(ops, f"{name}_log_prob")(x, *parameters, mask=mask).sum()
             flat = tuple(p.detach().flatten(0, 1).requires_grad_() for p in parameters)
-            total = total + reduce(name, x, flat, _leaf(K, B), torch.ones(B), how)[0].sum()
+            total = total + reduce(name, x, flat, _leaf(K, B), torch.ones(B), how, mask=mask)[0].sum()
         x = cases.data("bernoulli", B, X, seed=1).cpu()
         layer = (_leaf(K * B, H), _leaf(X, H), _leaf(X), None, None)
         torch.ops.fastvae.linear_log_prob(x, *layer, "bernoulli").sum().backward()

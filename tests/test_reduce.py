@@ -22,9 +22,9 @@ from .conftest import DEVICE
 from .models import rand, randn
 
 
-def reduce(likelihood, x, parameters, term=None, *, beta=None, terms=False, **how):
+def reduce(likelihood, x, parameters, term=None, *, beta=None, terms=False, mask=None, **how):
     how = {"coefficient": 1.0, "over": "mean", "reduction": "none"} | how
-    return fused(likelihood, x, parameters, term, beta, BoundReduction(**how), terms)
+    return fused(likelihood, x, parameters, term, beta, BoundReduction(**how), terms, mask)
 
 
 SIZES = strategies.distinct_sizes(3, elements=8000)
@@ -59,8 +59,12 @@ def cases(draw, sizes=SIZES):
     term = draw(st.sampled_from([None, (b,), (k, b)]))
     beta = draw(st.sampled_from([None, (), (b,)]))
     terms = draw(st.booleans())
+    kind = draw(st.sampled_from((None, None, *registered.MASKS)))
+    seed = draw(strategies.seeds)
     return {
         "likelihood": likelihood,
+        "mask": None if kind is None else registered.mask_of(kind, b, size, seed=seed),
+        "bad": None if kind is None else draw(st.sampled_from((None, *registered.BAD))),
         "x": strategies.laid_out(x, draw(strategies.layouts)),
         "parameters": parameters,
         "term": None if term is None else tensor(*term, dtype=wide, spread=5.0),
@@ -75,8 +79,15 @@ def cases(draw, sizes=SIZES):
 
 def _leaves(case):
     need_x, *need = reversed(case["need"])
-    leaves = [case["x"].detach().requires_grad_(need_x)]
-    leaves += [p.detach().requires_grad_(n) for p, n in zip(case["parameters"], need, strict=True)]
+    x, *parameters = (t.detach() for t in (case["x"], *case["parameters"]))
+    if case.get("bad") is not None:
+        mask = case["mask"]
+        x = registered.spoiled(x, mask, case.get("bad"))
+        parameters[0] = registered.spoiled(
+            parameters[0], mask.repeat(len(parameters[0]) // len(mask), 1), case.get("bad")
+        )
+    leaves = [x.requires_grad_(need_x)]
+    leaves += [p.requires_grad_(n) for p, n in zip(parameters, need, strict=True)]
     return leaves, None if case["term"] is None else case["term"].detach().requires_grad_()
 
 
@@ -85,7 +96,7 @@ def _run(case):
     coefficient, over, reduction = case["how"]
     bound, mean = reduce(
         case["likelihood"], x, tuple(parameters), term, beta=case["beta"], coefficient=coefficient, over=over,
-        reduction=reduction, terms=case["terms"],
+        reduction=reduction, terms=case["terms"], mask=case.get("mask"),
     )  # fmt: skip
     assert (mean is not None) == case["terms"]
     assert bound.dtype == formulas.computation(x, *parameters)
@@ -114,6 +125,7 @@ def results(case):
         case["how"],
         case["grad"],
         case["grad_mean"],
+        case.get("mask"),
     )
     for i, p in enumerate(parameters, 1):
         assert grads[i].value.numel() == p.numel()
@@ -427,7 +439,7 @@ def test_gradients_have_the_dtypes_of_their_inputs(backend):
             ((data.double(), mean, *given[2:]), [False, True, True, True]),
         ):
             grad = grad.to(torch.float64 if torch.float64 in {t.dtype for t in inputs[:3]} else torch.float32)
-            found = op(grad, None, None, *inputs, None, *how, need)
+            found = op(grad, None, None, inputs[0], None, *inputs[1:], None, *how, need)
             for g, t, n in zip(found, inputs, need, strict=True):
                 assert not n or (g.dtype == t.dtype and g.shape == t.shape)
 
@@ -443,7 +455,7 @@ def test_saved_buffers_have_no_gradient(backend):
             3
         ],
         torch.ops.fastvae.reduce_bernoulli(
-            rand(4, 5, seed=5), logits, None, None, *BoundReduction(1.0, "log_mean_exp", "none"), False
+            rand(4, 5, seed=5), None, logits, None, None, *BoundReduction(1.0, "log_mean_exp", "none"), False
         )[2],
         *torch.ops.fastvae.log_mean_exp(logits)[1:],
     ]

@@ -52,9 +52,9 @@ def of_likelihoods(kernels, data, wide, grad):
     for declared in cases.DECLARED.values():
         given = [wide] * len(declared.outputs)
         need = [False] + [True] * len(given)
-        yield lambda d=declared, g=given: kernels.log_prob(d, data, *g), ["p_p0"]
+        yield lambda d=declared, g=given: kernels.log_prob(d, data, None, *g), ["p_p0"]
         yield (
-            lambda d=declared, g=given, n=need: kernels.log_prob_backward(d, grad, data, *g, n),
+            lambda d=declared, g=given, n=need: kernels.log_prob_backward(d, grad, data, None, *g, n),
             ["p_p0", *(f"p_grad_p{i}" for i in range(len(given)))],
         )
 

@@ -120,20 +120,32 @@ def _log_prob_arguments(op: str):
     """Yield argument lists of a likelihood and its backward pass: broadcast parameters, dtypes."""
     declared = DECLARED[op.removesuffix("_backward").removesuffix("_log_prob")]
     x, first = cases.data(declared.name, B, X), randn(K, B, X, seed=12)
+    masks = None, cases.mask_of("most", B, X), cases.mask_of("of one event", B, X), None
     others = len(declared.outputs) - 1
-    for i, shape in enumerate(((K, B, X), (1, 1, X), (1, 1, 1), (K, B, 1)) if others else ((),)):
+    for i, shape in enumerate(((K, B, X), (1, 1, X), (1, 1, 1), (K, B, 1)) if others else [(K, B, X)] * 3):
+        mask = masks[i]
         given = [first, *(randn(*shape, seed=14 + j) for j in range(others))]
         if op.endswith("_backward"):
             need = [declared.differentiable and i != 1] + [True] * len(given)
-            yield randn(K, B, seed=13), x, *given, need
-            yield randn(K, B, seed=13), x, *given, [False, True] + [False] * others
+            yield randn(K, B, seed=13), x, mask, *given, need
+            yield randn(K, B, seed=13), x, mask, *given, [False, True] + [False] * others
         else:
             leaves = (p.clone().requires_grad_() for p in given)
-            yield x.clone().requires_grad_(declared.differentiable), *leaves
+            yield x.clone().requires_grad_(declared.differentiable), mask, *leaves
     if not op.endswith("_backward"):
-        yield x, first.bfloat16().requires_grad_(), *(randn(1, B, X, seed=14) for _ in range(others))
+        yield (
+            x,
+            masks[1],
+            first.bfloat16().requires_grad_(),
+            *(randn(1, B, X, seed=14) for _ in range(others)),
+        )
         if declared.takes_integers:
-            yield x.int(), first.half().requires_grad_(), *(randn(1, 1, X, seed=14) for _ in range(others))
+            yield (
+                x.int(),
+                None,
+                first.half().requires_grad_(),
+                *(randn(1, 1, X, seed=14) for _ in range(others)),
+            )
 
 
 def _reduce_arguments(op: str):
@@ -141,6 +153,7 @@ def _reduce_arguments(op: str):
     declared = DECLARED[op.removeprefix("reduce_").removesuffix("_backward")]
     x, rows = cases.data(declared.name, B, X), randn(K * B, X, seed=12)
     kl, ratio, beta = randn(B, seed=41), randn(K, B, seed=42), rand(B, seed=43)
+    masks = iter((None, cases.mask_of("most", B, X), cases.mask_of("of one event", B, X)))
     seconds = [(K * B, X), (X,), ()]
     for shape, term, factor, over, reduction, terms in (
         (seconds[0], kl, None, "mean", "mean", True),
@@ -149,15 +162,16 @@ def _reduce_arguments(op: str):
     ):
         parameters = (rows, *(randn(*shape, seed=14 + j) for j in range(len(declared.outputs) - 1)))
         how = BoundReduction(-0.5, over, reduction, *((0.5, K, 0.25) if over == "log_mean_exp" else ()))
+        mask = next(masks)
         if not op.endswith("_backward"):
             leaves = (t.clone().requires_grad_() for t in (*parameters, term))
-            yield x.clone().requires_grad_(declared.differentiable), *leaves, factor, *how, terms
+            yield x.clone().requires_grad_(declared.differentiable), mask, *leaves, factor, *how, terms
             continue
         weights = torch.softmax(ratio, 0) if over == "log_mean_exp" else None
         grad = randn(B, seed=44) if reduction == "none" else randn(seed=44)
         mean = randn(B, seed=45) if terms and over == "mean" else None
         need = [declared.differentiable] + [True] * (len(parameters) + 1)
-        yield grad, mean, weights, x, *parameters, term, factor, *how, need
+        yield grad, mean, weights, x, mask, *parameters, term, factor, *how, need
 
 
 def _components_arguments(op: str):
@@ -282,12 +296,15 @@ def _kernel_arguments(name: str):
             yield [a.half() if isinstance(a, torch.Tensor) and a.dim() == 1 else a for a in arguments]
     if not name.startswith("reduce_gaussian"):
         return
-    for x, mean, logvar, term, *rest in _arguments(name) if not name.endswith("_backward") else ():
-        yield x, mean.bfloat16(), logvar.bfloat16(), term, *rest
-        yield x, mean, logvar, term.double(), *rest
-        yield x[:, :0], mean[:, :0], logvar[..., :0] if logvar.dim() else logvar, term, *rest
-    for grads, weights, own, x, mean, logvar, *rest in _arguments(name) if name.endswith("_backward") else ():
-        yield grads, weights, own, x, mean.bfloat16(), logvar.bfloat16(), *rest
+    for x, mask, mean, logvar, term, *rest in _arguments(name) if not name.endswith("_backward") else ():
+        yield x, mask, mean.bfloat16(), logvar.bfloat16(), term, *rest
+        yield x, mask, mean, logvar, term.double(), *rest
+        empty = mask if mask is None else mask[:, :0]
+        yield x[:, :0], empty, mean[:, :0], logvar[..., :0] if logvar.dim() else logvar, term, *rest
+    for grads, weights, own, x, mask, mean, logvar, *rest in (
+        _arguments(name) if name.endswith("_backward") else ()
+    ):
+        yield grads, weights, own, x, mask, mean.bfloat16(), logvar.bfloat16(), *rest
 
 
 @pytest.mark.parametrize("name", sorted({n.partition(".")[0] for n in _registered()}))
@@ -314,7 +331,7 @@ def test_kernels_of_graphs_leak_nothing(x):
     how = *BoundReduction(1.0, "log_mean_exp", "none"), True
     results = ()
     try:
-        results = torch.ops.fastvae.reduce_bernoulli.kernel(x, logits, term, None, *how)
+        results = torch.ops.fastvae.reduce_bernoulli.kernel(x, None, logits, term, None, *how)
     except ValueError:
         assert x[0, 0] > 1
     alive = [weakref.ref(t) for t in (x, logits, term, *results)]

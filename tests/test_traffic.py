@@ -227,7 +227,7 @@ def test_likelihoods_read_once(enough, name, layout, k, b, x, dtype):
     tiles = common.event_tiles(k, b, x, launching_of(declared, False).tile)
     blocks = triton.cdiv(k, tiles.block_k)
     assert blocks < k or k == 1 or is_heavy(name)
-    (launch,) = run(lambda: likelihood.log_prob(declared, data, *given))
+    (launch,) = run(lambda: likelihood.log_prob(declared, data, None, *given))
     again, moved = {"p_x": blocks}, blocks * data.nbytes + first.nbytes + 4 * k * b
     for i in range(1, len(given)):
         if layout != "full":
@@ -237,6 +237,25 @@ def test_likelihoods_read_once(enough, name, layout, k, b, x, dtype):
         moved += launch.loaded(f"p_p{i}")
     assert_least(launch, again)
     assert launch.bytes() == moved
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("k, b, x", [(1, 33, 70), (7, 9, 200), (3, 2, 1100)])
+@pytest.mark.parametrize("name", ["bernoulli", "gaussian", "poisson"])
+def test_masks_are_read_as_often_as_x(enough, name, k, b, x, shared):
+    """A mask is a byte per element of x, read with it; one that all rows share is not copied for each."""
+    declared, data = DECLARED[name], cases.data(name, b, x)
+    given = tensors(len(declared.outputs), k, b, x)
+    mask = cases.mask_of("of one event" if shared else "most", b, x)
+    (grad,), need = tensors(1, k, b), [False] + [True] * len(given)
+    for call in (
+        lambda m: likelihood.log_prob(declared, data, m, *given),
+        lambda m: likelihood.log_prob_backward(declared, grad, data, m, *given, need),
+    ):
+        (launch,), (plain,) = run(lambda c=call: c(mask)), run(lambda c=call: c(None))
+        assert launch.tensors["p_mask"].data_ptr() == mask.data_ptr()
+        assert launch.loaded("p_mask") * data.element_size() == launch.loaded("p_x")
+        assert launch.bytes() == plain.bytes() + launch.loaded("p_mask")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -251,7 +270,7 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
     merged = {"merge_k": with_x or layout == "column", "merge_b": layout == "column"}
     blocks = common.event_tiles(k, b, x, launching_of(declared, True).tile, **merged).k_splits
     assert blocks == 1 or not with_x
-    (launch,) = run(lambda: likelihood.log_prob_backward(declared, grad, data, *given, need))
+    (launch,) = run(lambda: likelihood.log_prob_backward(declared, grad, data, None, *given, need))
     # A row's gradient is read for each of its tiles, or groups of pixels, out of the caches.
     tiles = _tiles(x, common.TILE_X)
     if not with_x and (layout == "full" or len(given) == 1):
@@ -293,7 +312,7 @@ def test_long_rows_are_split():
     k, b, x = 1, 2, 40_000
     logits, data = tensors(2, b, x)
     data = data.sigmoid()
-    (launch,) = run(lambda: likelihood.log_prob(BERNOULLI, data, logits[None]))
+    (launch,) = run(lambda: likelihood.log_prob(BERNOULLI, data, None, logits[None]))
     assert launch.grid[1] > 50 and launch.tensors["p_out"].shape == (launch.grid[1], k, b)
     assert_least(launch)
     (launch,) = run(lambda: normal_diagonal.rsample_kl(data, logits, None, None, SEED, Draw(1, *FREE), False))
@@ -306,7 +325,7 @@ def test_a_long_row_of_even_odds_is_split(enough):
     x = likelihood.MAX_TILES * common.TILE_X + 700
     tiles = common.event_tiles(1, 1, x, common.LAUNCH["likelihood"].tile, max_tiles=likelihood.MAX_TILES)
     assert tiles.x_splits == 2 and 4 * tiles.x_tiles < 127
-    out = likelihood.log_prob(BERNOULLI, torch.full((1, x), 0.5), torch.zeros(1, 1, x))
+    out = likelihood.log_prob(BERNOULLI, torch.full((1, x), 0.5), None, torch.zeros(1, 1, x))
     assert float(out) == pytest.approx(-x * math.log(2), rel=1e-6)
 
 
@@ -394,4 +413,4 @@ def test_planted_inefficiencies_are_flagged(kernel, message):
 def test_a_copy_is_flagged():
     x = torch.rand(5, 7)
     with pytest.raises(AssertionError, match="clone"):
-        run(lambda: likelihood.log_prob(BERNOULLI, x, x.clone()[None]))
+        run(lambda: likelihood.log_prob(BERNOULLI, x, None, x.clone()[None]))

@@ -48,6 +48,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.bool: "*i1",
 }
 
 
@@ -91,9 +92,10 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float32) -> Iterator:
+def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float32, masked=False) -> Iterator:
     """Yield a likelihood's launches: parameters after the first of a given shape, x's gradient or not."""
     k, b, pixels = size
+    mask = tensor(b, pixels, dtype=torch.bool) if masked else None
     x, first = tensor(b, pixels, dtype=data), tensor(*size, dtype=dtype)
     given = [first, *(tensor(*shape, dtype=dtype) for _ in declared.outputs[1:])]
     grad = tensor(k, b, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -101,13 +103,14 @@ def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float3
     for output, parameter in zip(declared.outputs[1:], given[1:], strict=True):
         label += f", {output} {list(parameter.shape)}"
     label += "" if data.is_floating_point else f", {str(data)[6:]} data"
+    label += ", masked" if masked else ""
     name = f"{declared.name}_log_prob"
-    yield f"{name} {label}", lambda: engine.log_prob(declared, x, *given)
+    yield f"{name} {label}", lambda: engine.log_prob(declared, x, mask, *given)
     for need_x in needs:
         need = [need_x] + [True] * len(given)
         yield (
             f"{name}_backward {label}, need={need}",
-            lambda n=need: engine.log_prob_backward(declared, grad, x, *given, n),
+            lambda n=need: engine.log_prob_backward(declared, grad, x, mask, *given, n),
         )
 
 
@@ -198,6 +201,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             for declared in DECLARED.values():
                 if declared.takes_integers and not (is_heavy(declared.name) and dtype == bf16):
                     yield from of_likelihood(likelihood, declared, dtype, size, size, [False], torch.uint8)
+    for declared in DECLARED.values():
+        # Masks: of all, and for the common ones in all ways.
+        size, common = (50, 128, 784), declared.name in ("bernoulli", "gaussian", "poisson")
+        for dtype in (f32, bf16, f64) if common else (f32,):
+            needs = sorted({False, common and declared.differentiable})
+            yield from of_likelihood(likelihood, declared, dtype, size, size, needs, masked=True)
     yield from components_launches((f32, bf16, f64))
     yield from mixture_launches((f32, f64))
     yield from full_launches((f32, bf16, f64))

@@ -10,8 +10,8 @@
 
 namespace fastvae {
 
-// x (B, X) and parameters: the first (B, X) or (K, B, X), the others like it or broadcast over samples and
-// rows, over columns, or over all; `fits` says whether they are.
+// x (B, X), a mask (B, X) or none, and parameters: the first (B, X) or (K, B, X), the others like it or
+// broadcast over samples and rows, over columns, or over all; `fits` says whether they are.
 template <class Caller>
 struct LikelihoodArguments {
   GivenOf<Caller> x, parameter[kMostParameters];
@@ -20,10 +20,13 @@ struct LikelihoodArguments {
   Rows rows{};
 
   LikelihoodArguments(int likelihood, Caller& from, int behind, const Contract& contract) : x(from.given()) {
+    const Tensor mask = from.tensor();
     const int outputs = from.left() - behind;
     if (outputs < 1 || outputs > kMostParameters)
       throw std::runtime_error("fastvae._C: log_prob takes one to three parameters");
     if (!x.given || x.flaw != kSound) contract.refuse("x", x, "a tensor on the CPU");
+    if (mask.given && (mask.flaw != kSound || mask.dtype != kUInt8))
+      contract.refuse("mask", mask, "a tensor of bool on the CPU");
     for (int j = 0; j < outputs; ++j) {
       parameter[j] = from.given();
       if (!parameter[j].given || parameter[j].flaw != kSound || parameter[j].dtype > kFloat16)
@@ -32,10 +35,11 @@ struct LikelihoodArguments {
     const GivenOf<Caller>& first = parameter[0];
     const Tensor full = first.along(3);
     fits = x.axes == 2 && (first.axes == 2 || first.axes == 3) && full.n1 == x.n0 && full.n2 == x.n1 &&
-           full.size() > 0;
+           full.size() > 0 && (!mask.given || (mask.axes == 2 && mask.n0 == x.n0 && mask.n1 == x.n1));
     rows.likelihood = likelihood;
     rows.threads = from.threads();
     rows.x = x;
+    rows.mask = mask;
     rows.samples = full.n0;
     rows.rows = x.n0;
     rows.columns = x.n1;
@@ -68,8 +72,8 @@ struct LikelihoodArguments {
   }
 };
 
-// x, parameters -> log-likelihoods. `otherwise` is called if the arguments do not fit, or x lies outside of
-// the support.
+// x, mask, parameters -> log-likelihoods. `otherwise` is called if the arguments do not fit, or x lies
+// outside of the support.
 struct LogProb {
   static constexpr const char* kName = "log_prob";
   static constexpr bool kEmptyForNone = false;
@@ -86,7 +90,7 @@ struct LogProb {
   }
 };
 
-// Upstream gradient, x, parameters, need -> gradients of x and of the parameters.
+// Upstream gradient, x, mask, parameters, need -> gradients of x and of the parameters.
 struct LogProbBackward {
   static constexpr const char* kName = "log_prob_backward";
   static constexpr bool kEmptyForNone = false;

@@ -12,27 +12,30 @@
 
 namespace fastvae {
 
-// x, the likelihood's parameters, term, beta, and how, with `behind` arguments more behind them.
+// x, its mask, the likelihood's parameters, term, beta, and how, with `behind` arguments more behind them.
 template <class Caller>
 struct ReduceArguments {
   int likelihood, count = 0;
   GivenOf<Caller> x, parameter[kMostParameters], term;
-  Tensor beta;
+  Tensor mask, beta;
   How how;
   int wide, term_dtype;
   bool fits = true;  // there is something to sum over, and no dtype in the way
 
   ReduceArguments(int its, Caller& from, int behind, const Contract& contract) : likelihood(its) {
-    const int outputs = from.left() - 3 - Caller::kHow - behind;
+    const int outputs = from.left() - 4 - Caller::kHow - behind;
     if (outputs < 1 || outputs > kMostParameters)
       throw std::runtime_error("fastvae._C: reduce takes one to three parameters");
     x = from.given();
+    mask = from.tensor();
     wide = x.wide();
     for (; count < outputs; ++count) {
       parameter[count] = from.given();
       wide = parameter[count].dtype == kFloat64 ? kFloat64 : wide;
     }
     contract.expect("x", x, kAnyDtype, {-1, -1});
+    // A bool is read as such a byte.
+    if (mask.given) contract.expect("mask", mask, kUInt8, {x.n0, x.n1});
     contract.expect("the first parameter", parameter[0], kFloating, {-1, x.n1});
     const i64 all = parameter[0].n0;
     if (x.n0 > 0 ? all % x.n0 != 0 : all != 0)
@@ -65,12 +68,12 @@ struct ReduceArguments {
   }
   BoundReduction reduction(int threads) const {
     const Tensor outputs[kMostParameters] = {parameter[0], parameter[1], parameter[2]};
-    return {likelihood, x, count, outputs, term, beta, how, threads};
+    return {likelihood, x, mask, count, outputs, term, beta, how, threads};
   }
 };
 
-// x, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. `otherwise` is called for
-// empty sums, or if x lies outside of the support.
+// x, mask, parameters, term, beta, how, terms -> bound, mean log-likelihood, weights. `otherwise` is called
+// for empty sums, or if x lies outside of the support.
 struct Reduce {
   static constexpr const char* kName = "reduce";
   static constexpr bool kEmptyForNone = true;
@@ -92,8 +95,8 @@ struct Reduce {
   }
 };
 
-// Upstream gradients of the bound and of the mean log-likelihood, weights, x, parameters, term, beta, how,
-// need -> gradients of x, parameters, term.
+// Upstream gradients of the bound and of the mean log-likelihood, weights, x, mask, parameters, term, beta,
+// how, need -> gradients of x, parameters, term.
 struct ReduceBackward {
   static constexpr const char* kName = "reduce_backward";
   static constexpr bool kEmptyForNone = false;

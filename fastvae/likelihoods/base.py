@@ -195,9 +195,9 @@ def observed(x: Any, mask: Any, likelihood: Likelihood) -> Any:
     return torch.where(mask, x, torch.full((), inside, dtype=x.dtype, device=x.device))
 
 
-# Arguments of fastvae.ops.reduce: the likelihood's name, x [B, X], and parameters, the first [K·B, X]; or
-# those of fastvae.ops.head.
-Fused = tuple[str, Tensor, tuple[Tensor, ...]] | tuple[str, Tensor, Layers]
+# Arguments of fastvae.ops.reduce: the likelihood's name, x [B, X], parameters, the first [K·B, X], and a mask
+# [B, X] or None; or those of fastvae.ops.head, without a mask.
+Fused = tuple[str, Tensor, tuple[Tensor, ...], Tensor | None] | tuple[str, Tensor, Layers, None]
 
 # Likelihoods by the name that ``likelihood=`` accepts.
 NAMED: dict[str, type[Likelihood]] = {}

@@ -15,9 +15,9 @@ from ..core.deferred import LastLayer, check_unchanged
 from ..core.fast_path import are_outputs
 from ..core.nested import Conditioning, repeat
 from ..ops.head import Layers, linear_rows, pays
-from ..ops.likelihood import check_support
+from ..ops.likelihood import check_support, flat_mask
 from ..ops.op import accumulator
-from .base import NAMED, Fused, Likelihood, describe, observed, summed
+from .base import NAMED, Fused, Likelihood, describe
 
 DECLARED: dict[str, type[Declared]] = {}
 # Shared instances for calls by name: creating a module costs more than the kernels of a small batch.
@@ -79,7 +79,7 @@ class Declared(Likelihood):
             parameters: the decoder's output for N rows of z.
         """
         parameters = self._natural(self.multiplied_out(parameters, x))
-        return self._elements(x, parameters, 1, None)[0]
+        return self._elements(x, parameters)
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
@@ -99,21 +99,17 @@ class Declared(Likelihood):
             return torch.cat([super(Declared, self).log_likelihood(x, p, 1, conditioning) for p in drawn])
         mask, size_factor, _ = conditioning or _NOTHING
         parameters = self._natural(parameters)
-        if mask is not None:
-            each = self._elements(observed(x, mask, self), parameters, samples, size_factor)
-            return summed(torch.where(mask, each, 0.0), samples, len(x))
         given = self._given(x)
         returned = self._sized(self._read(x, parameters, samples, given), samples, size_factor)
         spread = [p.reshape(samples, *x.shape) for p in returned]
-        return self._op(x, *self._arranged(spread, given))
+        return self._op(x, *self._arranged(spread, given), mask=mask)
 
-    def _elements(self, x: Tensor, parameters: Any, samples: int, size_factor: Tensor | None) -> Tensor:
-        """Return log p of each element [K, B, *event] by calling the op on rows of one element."""
+    def _elements(self, x: Tensor, parameters: Any) -> Tensor:
+        """Return log p of each element [N, *event] by calling the op on rows of one element."""
         given = self._given(x)
-        returned = self._sized(self._read(x, parameters, samples, given), samples, size_factor)
-        one_each = [p.reshape(samples, -1, 1) for p in returned]
+        one_each = [p.reshape(-1, 1) for p in self._read(x, parameters, 1, given)]
         own = [p.expand(x.shape).reshape(-1, 1) if isinstance(p, Tensor) else p for p in given]
-        return self._op(x.reshape(-1, 1), *self._arranged(one_each, own)).reshape(samples, *x.shape)
+        return self._op(x.reshape(-1, 1), *self._arranged(one_each, own)).reshape(x.shape)
 
     @property
     def _op(self) -> Callable[..., Tensor]:
@@ -163,20 +159,21 @@ class Declared(Likelihood):
         self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Fused | None:
         """Return the validated arguments of the fused op, or None if they do not fit it."""
-        if not self.is_declared or (conditioning is not None and conditioning.mask is not None):
+        if not self.is_declared:
             return None
         if type(parameters) is Layers:
-            return self.name, _flat(x), parameters
+            return self.name, _flat(x), parameters, None
+        mask, size_factor, _ = conditioning or _NOTHING
         given = self._given(x)
         parameters = self._natural(parameters)
         returned = parameters if type(parameters) is tuple else (parameters,)
         if len(returned) + len(given) == len(self.outputs) and are_outputs(x, samples, returned):
             if not given:
                 if self._bounded:
-                    check_support(type(self), x)
-                if conditioning is not None:
-                    returned = self._sized(returned, samples, conditioning.size_factor)
-                return self.name, x, returned
+                    check_support(type(self), x, mask)
+                if size_factor is not None:
+                    returned = self._sized(returned, samples, size_factor)
+                return self.name, x, returned, mask
         else:
             returned = self._read(x, parameters, samples, given)
         if not x.numel():
@@ -184,12 +181,13 @@ class Declared(Likelihood):
         rows = [_of_the_event(p, returned[0], x) for p in given]
         if any([row is None for row in rows]):
             return None
-        if conditioning is not None:
-            returned = self._sized(returned, samples, conditioning.size_factor)
+        if size_factor is not None:
+            returned = self._sized(returned, samples, size_factor)
         if x.dim() != 2:
             x, returned = x.reshape(len(x), -1), tuple([p.reshape(len(p), -1) for p in returned])
-        check_support(type(self), x)
-        return self.name, x, self._arranged(returned, rows)
+            mask = flat_mask(mask)
+        check_support(type(self), x, mask)
+        return self.name, x, self._arranged(returned, rows), mask
 
     def all_outputs(self, x: Tensor, parameters: Any) -> tuple[str, tuple[Any, ...]] | None:
         if not self.is_declared:

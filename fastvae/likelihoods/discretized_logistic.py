@@ -160,15 +160,14 @@ class DiscretizedLogistic(Scaled):
         level = ((x - self._origin) * ((self.levels - 1) / self._range)).round()
         return level / (self.levels - 1)
 
-    def _elements(self, x: Tensor, parameters: Any, samples: int, size_factor: Tensor | None) -> Tensor:
-        return super()._elements(self._unit(x), parameters, samples, size_factor)
+    def _elements(self, x: Tensor, parameters: Any) -> Tensor:
+        return super()._elements(self._unit(x), parameters)
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Tensor:
         """Return log p(x|z) [K, B] for the decoder's output for K·B rows of z, sample-major."""
-        if conditioning is None or conditioning.mask is None:
-            x = self._unit(x)
+        x = self._unit(x) if self.is_declared else x
         return super().log_likelihood(x, parameters, samples, conditioning)
 
     def fused(

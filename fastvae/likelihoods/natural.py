@@ -38,7 +38,8 @@ class _Logarithm(torch.autograd.Function):
         (p,) = ctx.saved_tensors
         wide = p.to(grad.dtype)
         slope = (wide * (1 - wide)).clamp(min=LEAST_VARIANCE) if ctx.both else wide.clamp(min=LEAST)
-        grad = grad / slope
+        # A zero gradient is that of an element which was not observed, whose p may be NaN.
+        grad = torch.where(grad == 0, grad, grad / slope)
         if p.dtype == torch.float16:
             # An infinite gradient times a zero slope, such as a saturated sigmoid's, would be NaN.
             limit = torch.finfo(p.dtype).max

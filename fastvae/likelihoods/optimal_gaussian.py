@@ -121,9 +121,9 @@ class OptimalGaussian(Gaussian):
             )
         return (self.variance.to(x.device).log(),)
 
-    def _elements(self, x: Tensor, parameters: Any, samples: int, size_factor: Tensor | None) -> Tensor:
-        with self._measured(x, parameters, samples):
-            return super()._elements(x, parameters, samples, size_factor)
+    def _elements(self, x: Tensor, parameters: Any) -> Tensor:
+        with self._measured(x, parameters, 1):
+            return super()._elements(x, parameters)
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
@@ -136,9 +136,7 @@ class OptimalGaussian(Gaussian):
         self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Fused | None:
         """Return the validated arguments of the fused op, or None if they do not fit it."""
-        if conditioning is not None and conditioning.mask is not None:
-            return None
-        with self._measured(x, parameters, samples):
+        with self._measured(x, parameters, samples, None if conditioning is None else conditioning.mask):
             return super().fused(x, parameters, samples, conditioning)
 
     def _wrong_output(self, came: Any) -> TypeError:

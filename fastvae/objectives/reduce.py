@@ -39,9 +39,11 @@ def reduce_draws(
         inputs.likelihood.fused(inputs.x, parameters, samples, inputs.conditioning) if takes_fused else None
     )
     if fused is not None:
+        name, x, parameters, mask = fused
         # From the decoder's output, or from the input of its last layer.
-        run: Any = reduce_linear if type(fused[2]) is Layers else reduce
-        return *run(*fused, term, beta, how, terms), output
+        if isinstance(parameters, Layers):
+            return *reduce_linear(name, x, parameters, term, beta, how, terms), output
+        return *reduce(name, x, parameters, term, beta, how, terms, mask), output
     return *reduce_samples(inputs.log_prob(z, parameters, samples), term, beta, how), output
 
 

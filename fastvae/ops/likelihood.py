@@ -7,6 +7,9 @@ upstream gradient :math:`g_k`, the gradient of each parameter is :math:`g_k\, âˆ
 over its broadcast axes, and that of x is summed over the samples. A parameter has one entry per element, or
 broadcasts over samples and rows (one number per pixel), or over pixels as well (one number, fixed or
 learned).
+
+With a mask, the sums run over the observed elements. Any other element adds exactly 0 to the value and to
+every gradient, even if x or a parameter is NaN there.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from ..core.checks import (
     checks_data,
     shape_of,
 )
+from ..core.nested import as_mask
 from ._contract import Contract
 from .op import Op, accumulator, cast, in_shape
 
@@ -40,6 +44,7 @@ class Declaration(Protocol):
         name: in snake case; also the name of its files in ``kernels/likelihoods`` and ``csrc/likelihoods``.
         outputs: names of its parameters; the decoder returns at least the first.
         low, high: range of x.
+        inside: an x in this range, which replaces elements that a mask leaves out.
         takes_integers: x may be integers, which are read without conversion.
         differentiable: x may have a gradient.
         hint: advice for data out of range.
@@ -52,6 +57,7 @@ class Declaration(Protocol):
     outputs: tuple[str, ...]
     low: float
     high: float
+    inside: float
     takes_integers: bool
     differentiable: bool
     hint: str
@@ -82,8 +88,8 @@ def _readable(parameter: Tensor, full: Tensor) -> Tensor:
 # The ops
 
 
-def _check_inputs(contract: Contract, x: Tensor, parameters: Sequence[Tensor]) -> None:
-    """Validate x [B, *event], the first parameter [..., B, *event], and others that broadcast to it."""
+def _check_inputs(contract: Contract, x: Tensor, mask: Tensor | None, parameters: Sequence[Tensor]) -> None:
+    """Validate x and its mask [B, *event], the first parameter [..., B, *event], and others' broadcasts."""
     full = parameters[0]
     lead = full.dim() - x.dim()
     if x.is_complex():
@@ -94,17 +100,30 @@ def _check_inputs(contract: Contract, x: Tensor, parameters: Sequence[Tensor]) -
             contract.refuse(name, p, f"floating-point {shape_of(full)}, or 1 in place of a size")
     if x.dim() == 0 or lead < 0 or full.shape[lead:] != x.shape:
         contract.refuse(contract.names[-len(parameters)], full, f"[..., {', '.join(map(str, x.shape))}]")
+    contract.expect("mask", mask, torch.bool, tuple(x.shape))
 
 
-def _flat(x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Reshape x [B, *event] to [B, X] and parameters [..., B, *event] to [K, B, X]."""
+def _flat(
+    x: Tensor, mask: Tensor | None, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Reshape x and its mask [B, *event] to [B, X], and parameters [..., B, *event] to [K, B, X]."""
     lead = parameters[0].dim() - x.dim()
     flat = []
     for p in parameters:
         # Explicit sizes, since -1 is ambiguous for an empty batch.
         shape = (p.shape[:lead].numel(), p.shape[lead], p.shape[lead + 1 :].numel())
         flat.append(p if p.shape == shape else p.reshape(shape))
-    return x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel()), flat
+    return x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel()), flat_mask(mask), flat
+
+
+def flat_mask(mask: Tensor | None) -> Tensor | None:
+    """Reshape a mask [B, *event] to [B, X]; one that all rows share is not copied for each."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    rows, size = mask.shape[0], mask.shape[1:].numel()
+    if rows > 1 and mask.stride(0) == 0:
+        return mask[:1].reshape(1, size).expand(rows, size)
+    return mask.reshape(rows, size)
 
 
 class LogProb(Op):
@@ -115,38 +134,39 @@ class LogProb(Op):
     def __init__(self, likelihood: Declaration):
         self.likelihood = likelihood
         self.name = f"{likelihood.name}_log_prob"
-        self.schema = f"(Tensor x, {', '.join(f'Tensor {p}' for p in likelihood.outputs)}) -> Tensor"
+        parameters = ", ".join(f"Tensor {p}" for p in likelihood.outputs)
+        self.schema = f"(Tensor x, Tensor? mask, {parameters}) -> Tensor"
         self.gradient = _LogProbBackward(likelihood)
         self.native = functools.partial(_backend.native("log_prob"), likelihood.name, self._native)
         super().__init__()
 
-    def _native(self, x, *parameters):
+    def _native(self, x, mask, *parameters):
         """Handle calls that the C++ declines: reshape the arguments, and raise if x is out of range."""
-        self.check(x, *parameters)
-        rows, flat = _flat(x, parameters)
+        self.check(x, mask, *parameters)
+        rows, seen, flat = _flat(x, mask, parameters)
         shape, full = self._shape(x, parameters), flat[0]
         if not full.numel():
             return x.new_zeros(shape, dtype=result_dtype(x, *parameters))
         given = [_readable(p, full) for p in flat]
         run = _backend.native("log_prob")
-        return in_shape(run(self.likelihood.name, self._refuse, rows, *given), shape)
+        return in_shape(run(self.likelihood.name, self._refuse, rows, seen, *given), shape)
 
-    def _refuse(self, x, *_):
-        refuse(self.likelihood, x)
+    def _refuse(self, x, mask, *_):
+        refuse(self.likelihood, x, mask)
 
     def composed(self, backend):
         function = _backend.layer(backend, self.module).log_prob
 
-        def log_prob(x, *parameters):
-            rows, flat = _flat(x, parameters)
-            return in_shape(function(self.likelihood, rows, *flat), self._shape(x, parameters))
+        def log_prob(x, mask, *parameters):
+            rows, seen, flat = _flat(x, mask, parameters)
+            return in_shape(function(self.likelihood, rows, seen, *flat), self._shape(x, parameters))
 
         return log_prob
 
-    def check(self, x, *parameters):
-        _check_inputs(self.contract, x, parameters)
+    def check(self, x, mask, *parameters):
+        _check_inputs(self.contract, x, mask, parameters)
 
-    def fake(self, x, *parameters):
+    def fake(self, x, mask, *parameters):
         return x.new_empty(self._shape(x, parameters), dtype=result_dtype(x, *parameters))
 
     def forward(self, run, ctx, *args):
@@ -155,8 +175,10 @@ class LogProb(Op):
         return run(*args)
 
     def backward(self, run, ctx, grad):
-        need_x, *need = ctx.needs_input_grad
-        return run(grad, *ctx.saved_tensors, [need_x and self.likelihood.differentiable, *need])
+        need_x, _, *need = ctx.needs_input_grad
+        needed = [need_x and self.likelihood.differentiable, *need]
+        grad_x, *grads = run(grad, *ctx.saved_tensors, needed)
+        return grad_x, None, *grads
 
     @staticmethod
     def _shape(x, parameters):
@@ -173,17 +195,17 @@ class _LogProbBackward(Op):
         self.name = f"{likelihood.name}_log_prob_backward"
         number = len(likelihood.outputs) + 1
         self.schema = (
-            f"(Tensor grad, Tensor x, {', '.join(f'Tensor {p}' for p in likelihood.outputs)}, "
+            f"(Tensor grad, Tensor x, Tensor? mask, {', '.join(f'Tensor {p}' for p in likelihood.outputs)}, "
             f"bool[{number}] need) -> ({', '.join(['Tensor'] * number)})"
         )
         self.native = functools.partial(_backend.native("log_prob_backward"), likelihood.name, self._native)
         super().__init__()
 
-    def _native(self, grad, x, *rest):
+    def _native(self, grad, x, mask, *rest):
         """Handle calls that the C++ declines, by reshaping the arguments."""
-        self.check(grad, x, *rest)
+        self.check(grad, x, mask, *rest)
         *parameters, need = rest
-        rows, flat = _flat(x, parameters)
+        rows, seen, flat = _flat(x, mask, parameters)
         full = flat[0]
         if not full.numel():
             return tuple(
@@ -195,8 +217,9 @@ class _LogProbBackward(Op):
             # The gradients of an expanded parameter are summed, and must not be rounded before.
             given.append(expanded if expanded is p or not n else expanded.to(dtype))
         run = _backend.native("log_prob_backward")
+        arrives = grad.reshape(full.shape[:2])
         grad_x, *grads = run(
-            self.likelihood.name, self.composed("reference"), grad.reshape(full.shape[:2]), rows, *given, need
+            self.likelihood.name, self.composed("reference"), arrives, rows, seen, *given, need
         )
         grads = [
             g if g is None else cast(g.sum_to_size(p.shape), p.dtype)
@@ -207,22 +230,23 @@ class _LogProbBackward(Op):
     def composed(self, backend):
         function = _backend.layer(backend, self.module).log_prob_backward
 
-        def backward(grad, x, *rest):
+        def backward(grad, x, mask, *rest):
             *parameters, need = rest
-            rows, flat = _flat(x, parameters)
-            grads = function(self.likelihood, grad.reshape(flat[0].shape[:2]), rows, *flat, need)
+            rows, seen, flat = _flat(x, mask, parameters)
+            grads = function(self.likelihood, grad.reshape(flat[0].shape[:2]), rows, seen, *flat, need)
             return _reshaped(grads, (x, *parameters))
 
         return backward
 
-    def check(self, grad, x, *rest):
+    def check(self, grad, x, mask, *rest):
         *parameters, _ = rest
-        _check_inputs(self.contract, x, parameters)
+        _check_inputs(self.contract, x, mask, parameters)
         shape = tuple(LogProb._shape(x, parameters))
         self.contract.expect("grad", grad, result_dtype(x, *parameters), shape)
 
-    def fake(self, grad, *rest):
-        *tensors, need = rest
+    def fake(self, grad, x, mask, *rest):
+        *parameters, need = rest
+        tensors = x, *parameters
         return tuple(t.new_empty(t.shape) if n else None for t, n in zip(tensors, need, strict=True))
 
 
@@ -233,8 +257,8 @@ def _reshaped(grads, tensors):
 # Public functions
 
 
-def check_support(likelihood: Declaration, x: Tensor) -> None:
-    """Validate that x lies in [low, high], unless the op itself does.
+def check_support(likelihood: Declaration, x: Tensor, mask: Tensor | None = None) -> None:
+    """Validate that the observed x lie in [low, high], unless the op itself does.
 
     On a GPU it runs only if FASTVAE_CHECK asks for it, since it would synchronise.
     """
@@ -244,14 +268,15 @@ def check_support(likelihood: Declaration, x: Tensor) -> None:
     # The C++ checks in the pass that reads the data.
     if (_backend.on_cpu() == "native" if x.is_cpu else not checks_data()) or not x.numel():
         return
-    values = x.detach()
+    values = x.detach() if mask is None else x.detach()[mask]
     # Written so that NaN passes: NaN in gives NaN out.
     if bool(((values < likelihood.low) | (values > likelihood.high)).any()):
         refuse(likelihood, values)
 
 
-def refuse(likelihood: Declaration, x: Tensor) -> None:
-    """Raise ValueError for x outside of [low, high]."""
+def refuse(likelihood: Declaration, x: Tensor, mask: Tensor | None = None) -> None:
+    """Raise ValueError for observed x outside of [low, high]."""
+    x = x if mask is None else x[mask]
     known = x[~x.isnan()] if x.is_floating_point() else x
     low, high = float(known.amin()), float(known.amax())
     bounds = f"in [{likelihood.low:g}, {likelihood.high:g}]"
@@ -277,11 +302,15 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     types = {"x": Tensor, first: Tensor} | dict.fromkeys(others, Tensor | float)
+    named_mask = inspect.Parameter(
+        "mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None
+    )
     signature = inspect.Signature(
-        [inspect.Parameter(n, kind, annotation=t) for n, t in types.items()], return_annotation=Tensor
+        [*(inspect.Parameter(n, kind, annotation=t) for n, t in types.items()), named_mask],
+        return_annotation=Tensor,
     )
 
-    def log_prob(*args: Any, **named: Any) -> Tensor:
+    def log_prob(*args: Any, mask: Tensor | None = None, **named: Any) -> Tensor:
         if named or len(args) != 1 + len(likelihood.outputs):
             try:
                 args = signature.bind(*args, **named).args
@@ -291,8 +320,10 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
         x, full, *rest = args
         x = check_data(x, likelihood)
         _check_event(x, first, full)
-        check_support(likelihood, x)
-        return op(x, full, *(_spread(n, p, first, full, x) for n, p in zip(others, rest, strict=True)))
+        if mask is not None:
+            mask = as_mask(mask, x)
+        check_support(likelihood, x, mask)
+        return op(x, mask, full, *(_spread(n, p, first, full, x) for n, p in zip(others, rest, strict=True)))
 
     log_prob.__name__ = log_prob.__qualname__ = op.name
     log_prob.__signature__ = signature  # type: ignore[attr-defined]
@@ -313,6 +344,8 @@ _DOCUMENTATION = """Compute log p(x|z) of a {name} likelihood, summed over the e
     Args:
         x: data [B, *event]; broadcast over the leading axes of {first}.
         {first}: [..., B, *event].{others}
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).

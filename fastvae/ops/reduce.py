@@ -70,6 +70,7 @@ def reduce(
     beta: Tensor | None,
     how: BoundReduction,
     terms: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     r"""Return the bound of a batch from its decoder's output.
 
@@ -85,6 +86,7 @@ def reduce(
         beta: factor of the term, in addition to how.coefficient: [] or [B], without a gradient; None for 1.
         how: the reduction, a :class:`BoundReduction`.
         terms: also return the mean of the log-likelihoods. For a log-mean-exp it has no gradient.
+        mask: bool [B, X], True where x was observed; None if all of it was.
 
     Returns:
         The bound in nats, and the mean of log p(x|z) over the samples, [B], or None without ``terms``: in
@@ -99,7 +101,7 @@ def reduce(
         >>> bound  # 7 log ½
         tensor([-4.8520, -4.8520, -4.8520, -4.8520])
     """
-    bound, mean, *_ = _reduce[likelihood](x, *parameters, term, beta, how, terms)
+    bound, mean, *_ = _reduce[likelihood](x, mask, *parameters, term, beta, how, terms)
     return bound, mean if terms else None
 
 
@@ -138,10 +140,11 @@ def check_grads(
         raise ValueError(f"fastvae::{contract.op}: weights is None; expected those of the forward pass")
 
 
-def _check_inputs(contract: Contract, number: int, x: Tensor, rest: Any) -> int:
+def _check_inputs(contract: Contract, number: int, x: Tensor, mask: Tensor | None, rest: Any) -> int:
     parameters, (term, beta, how) = rest[:number], rest[number : number + 3]
     if x.is_complex() or x.dim() != 2:
         contract.refuse("x", x, "[B, X]")
+    contract.expect("mask", mask, torch.bool, tuple(x.shape))
     names = contract.names[-2 - number : -2]
     rows, columns = parameters[0].shape[:1].numel(), x.shape[1]
     contract.expect(names[0], parameters[0], None, (-1, columns))
@@ -162,7 +165,7 @@ class _Reduce(Op):
         self.likelihood, self.number = likelihood, len(likelihood.outputs)
         self.name = f"reduce_{likelihood.name}"
         parameters = ", ".join(f"Tensor {p}" for p in likelihood.outputs)
-        inputs = f"Tensor x, {parameters}, Tensor? term, Tensor? beta, {_HOW}"
+        inputs = f"Tensor x, Tensor? mask, {parameters}, Tensor? term, Tensor? beta, {_HOW}"
         self.schema = f"({inputs}, bool terms) -> (Tensor, Tensor, Tensor)"
         self.gradient = _ReduceBackward(likelihood, inputs)
         self.native = functools.partial(_backend.native("reduce"), likelihood.name, self._not_native)
@@ -170,24 +173,25 @@ class _Reduce(Op):
 
     def _not_native(self, *args):
         """Handle calls that the C++ does not: an empty sum, or x out of range, which raises."""
-        if args[1].numel():
-            refuse(self.likelihood, args[0])
+        x, mask, first, *_ = args
+        if first.numel():
+            refuse(self.likelihood, x, mask)
         return self.composed("reference")(*args)
 
     def composed(self, backend):
         rows = _backend.layer(backend, "likelihood").log_prob
 
-        def function(x, *rest):
+        def function(x, mask, *rest):
             parameters, (term, beta, how, terms) = rest[: self.number], rest[self.number :]
-            log_likelihood = rows(self.likelihood, x, *_with_samples(x, parameters))
+            log_likelihood = rows(self.likelihood, x, mask, *_with_samples(x, parameters))
             return finish(backend, how)(log_likelihood, term, beta, how, terms)
 
         return function
 
-    def check(self, x, *rest):
-        _check_inputs(self.contract, self.number, x, rest)
+    def check(self, x, mask, *rest):
+        _check_inputs(self.contract, self.number, x, mask, rest)
 
-    def fake(self, x, *rest):
+    def fake(self, x, mask, *rest):
         parameters, (_, _, how, terms) = rest[: self.number], rest[self.number :]
         batch = x.shape[0]
         shape = (batch,) if how.reduction == "none" else ()
@@ -208,12 +212,13 @@ class _Reduce(Op):
 
     def backward(self, run, ctx, grad_bound, grad_mean, _):
         weights, *inputs = ctx.saved_tensors
-        need_x, *need = ctx.needs_input_grad[: self.number + 2]
+        need_x, _, *need = ctx.needs_input_grad[: self.number + 3]
         need = [need_x and self.likelihood.differentiable, *need]
         # In a graph, an unrequested mean, a tensor [0], gets a gradient, too.
         if grad_bound is not None:
             grad_mean = or_none(grad_mean)
-        return *run(grad_bound, grad_mean, or_none(weights), *inputs, ctx.how, need), None, None, None
+        grad_x, *grads = run(grad_bound, grad_mean, or_none(weights), *inputs, ctx.how, need)
+        return grad_x, None, *grads, None, None, None
 
 
 class _ReduceBackward(Op):
@@ -239,30 +244,28 @@ class _ReduceBackward(Op):
         rows = _backend.layer(backend, "likelihood").log_prob_backward
         spread_out = _backend.layer(backend, "reduce").reduce_backward
 
-        def function(grad_bound, grad_log_likelihood, weights, x, *rest):
+        def function(grad_bound, grad_log_likelihood, weights, x, mask, *rest):
             parameters, (term, beta, how, need) = rest[: self.number], rest[self.number :]
             spread = _with_samples(x, parameters)
             axes = term.dim() if need[-1] else 0
             grad, grad_term = spread_out(
                 grad_bound, grad_log_likelihood, weights, beta, how, *spread[0].shape[:2], axes
             )
-            grad_x, *grads = rows(self.likelihood, grad, x, *spread, list(need[:-1]))
+            grad_x, *grads = rows(self.likelihood, grad, x, mask, *spread, list(need[:-1]))
             grads = [g if g is None else g.reshape(p.shape) for g, p in zip(grads, parameters, strict=True)]
             return grad_x, *grads, grad_term if grad_term is None else grad_term.to(term.dtype)
 
         return function
 
     def check(self, *args):
-        x, *rest = args[3:]
-        samples = _check_inputs(self.contract, self.number, x, rest)
+        x, mask, *rest = args[3:]
+        samples = _check_inputs(self.contract, self.number, x, mask, rest)
         dtype, how = result_dtype(x, *rest[: self.number]), rest[self.number + 2]
         check_grads(self.contract, x.shape[0], samples, how, dtype, args[:3])
 
-    def fake(self, grad_bound, grad_log_likelihood, weights, *rest):
-        return tuple(
-            t.new_empty(t.shape) if n else None
-            for t, n in zip(rest[: self.number + 2], rest[-1], strict=True)
-        )
+    def fake(self, grad_bound, grad_log_likelihood, weights, x, mask, *rest):
+        tensors = x, *rest[: self.number + 1]
+        return tuple(t.new_empty(t.shape) if n else None for t, n in zip(tensors, rest[-1], strict=True))
 
 
 def _with_samples(x: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:

@@ -21,7 +21,7 @@ def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tenso
     ``layers`` has the weights [X, H] and biases [X] or None of the first outputs, which are products, and
     the values of the other outputs, each a row [X] or one number.
     """
-    return log_prob(likelihood, x, *_outputs(x, h, layers), *_spread(layers))
+    return log_prob(likelihood, x, None, *_outputs(x, h, layers), *_spread(layers))
 
 
 def linear_log_prob_backward(
@@ -31,7 +31,7 @@ def linear_log_prob_backward(
     weights, biases, constants = layers.weights, layers.biases, layers.constants
     outputs, given = _outputs(x, h, layers), _spread(layers)
     every = [False, *[True] * (len(outputs) + len(given))]
-    grads: list[Any] = list(log_prob_backward(likelihood, grad, x, *outputs, *given, every)[1:])
+    grads: list[Any] = list(log_prob_backward(likelihood, grad, x, None, *outputs, *given, every)[1:])
     rows = [g.flatten(0, 1) for g in grads[: len(weights)]]
     wide: torch.dtype = rows[0].dtype
     to_h = torch.stack([g @ w.to(wide) for g, w in zip(rows, weights, strict=True)]).sum(0)
