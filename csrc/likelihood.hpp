@@ -62,8 +62,8 @@ bool reduce_rows(const Rows& a, C* out) {
     parallel(a.threads, order.units(), size, [&](i64 begin, i64 end) {
       ShortRows<C> r(a, static_cast<int>(height), true);
       for (i64 unit = begin; unit < end; ++unit) {
-        const auto [k, tile] = order[unit];
-        const i64 b = tile * height;
+        const Order::Place at = order[unit];
+        const i64 k = at.k, b = at.b * height;
         double sums[kMostRows] = {};
         const int count = r.sums(k, b, height, sums);
         if (f.checked && k == 0 && r.observed > 0)
@@ -84,17 +84,16 @@ bool reduce_rows(const Rows& a, C* out) {
         for (i64 column = 0; column < a.columns; column += kTile) {
           const int n = tile_width(a.columns, column);
           r.begin_tile(column, n);
-          for (i64 i = first; i < last; ++i) {
-            const auto [k, b] = order[i];
-            r.read(k, b, column, n);
-            if (f.checked && k == 0 && r.observes()) o |= is_outside(n, r.tile, r.is_masked(n), f);
+          Order::Place at = order[first];
+          for (i64 i = first; i < last; ++i, at.next()) {
+            r.read(at.k, at.b, column, n);
+            if (f.checked && at.k == 0 && r.observes()) o |= is_outside(n, r.tile, r.is_masked(n), f);
             sums[i - first] += r.sum(n, odds);
           }
         }
-        for (i64 i = first; i < last; ++i) {
-          const auto [k, b] = order[i];
-          out[k * a.rows + b] = static_cast<C>(sums[i - first]);
-        }
+        Order::Place at = order[first];
+        for (i64 i = first; i < last; ++i, at.next())
+          out[at.k * a.rows + at.b] = static_cast<C>(sums[i - first]);
       }
       done(o);
     });
@@ -211,8 +210,8 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
       C g[kBuffer];
       for (i64 unit = begin; unit < end; ++unit) {
         if (!across) {
-          const auto [k, tile] = order[unit];
-          one(r, sink, g, k, tile * height, height, 0);
+          const Order::Place at = order[unit];
+          one(r, sink, g, at.k, at.b * height, height, 0);
           continue;
         }
         const i64 stop = a.rows * (unit + 1) / groups;
@@ -244,10 +243,9 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
           const int n = tile_width(a.columns, column);
           r.begin_tile(column, n);
           if (!across) {
-            for (i64 i = order.begin(unit); i < order.end(unit); ++i) {
-              const auto [k, b] = order[i];
-              one(k, b, column, n, 0);
-            }
+            Order::Place at = order[order.begin(unit)];
+            for (i64 i = order.begin(unit); i < order.end(unit); ++i, at.next())
+              one(at.k, at.b, column, n, 0);
             continue;
           }
           for (i64 b = a.rows * unit / groups; b < a.rows * (unit + 1) / groups; ++b) {

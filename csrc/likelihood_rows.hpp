@@ -50,13 +50,22 @@ struct Order {
   i64 begin(i64 unit) const { return unit * per_unit; }
   i64 end(i64 unit) const { return begin(unit) + per_unit < size() ? begin(unit) + per_unit : size(); }
 
+  // One row after the other, without a division for each.
   struct Place {
-    i64 k, b;
+    i64 samples, rows, at_once, first, stop, k, b;
+    void next() {
+      if (++b < stop) return;
+      b = first;
+      if (++k < samples) return;
+      k = 0;
+      b = first = stop;
+      stop = rows - first < at_once ? rows : first + at_once;
+    }
   };
   Place operator[](i64 i) const {
-    const i64 block = i / (at_once * samples), first = block * at_once, rest = i - first * samples;
+    const i64 first = i / (at_once * samples) * at_once, rest = i - first * samples;
     const i64 here = rows - first < at_once ? rows - first : at_once;
-    return {rest / here, first + rest % here};
+    return {samples, rows, at_once, first, first + here, rest / here, first + rest % here};
   }
 };
 
@@ -124,6 +133,7 @@ struct Reader {
         sparse(values ? f.zeros[0] != nullptr : f.zero_gradients[0] != nullptr),
         at_once(rows_at_once(rows, f.data)) {
     if (a.mask.data && a.samples > 1) several.reset(new RowOfX<C>[static_cast<std::size_t>(at_once)]);
+    take(one);
     for (int j = 0; j < f.prepared; ++j) {
       tile.q[j] = q[j];
       packed.q[j] = packed_q[j];
@@ -154,12 +164,21 @@ struct Reader {
       if (j == f.hooked) prepare(n);
     }
   }
+  void take(RowOfX<C>& r) {
+    row = &r;
+    tile.seen = r.seen;
+    packed.x = r.packed_x;
+    for (int j = 0; j < kMostData; ++j) {
+      tile.d[j] = r.d[j];
+      packed.d[j] = r.packed_d[j];
+    }
+  }
   bool is_masked(int n) const { return row->is_masked(n); }
   bool observes() const { return row->observed > 0; }
   // A row's share of the tile. What follows from its x is reused where it is known. Where nothing was
   // observed, nothing but the mask is read.
   void read(i64 k, i64 b, i64 column, int n) {
-    if (several) row = &several[static_cast<std::size_t>(b % at_once)];
+    if (several) take(several[static_cast<std::size_t>(b % at_once)]);
     if (b != row->b || column != row->column) {
       read_x(*row, b, column, n);
       row->b = b;
@@ -167,12 +186,6 @@ struct Reader {
     }
     if (!observes()) return;
     tile.x = row->data;
-    tile.seen = row->seen;
-    packed.x = row->packed_x;
-    for (int j = 0; j < kMostData; ++j) {
-      tile.d[j] = row->d[j];
-      packed.d[j] = row->packed_d[j];
-    }
     for (int j = 0; j < f.parameters; ++j) {
       if (is_shared(a.kind[j])) continue;
       if (a.kind[j] == kFull) {

@@ -119,7 +119,10 @@ def test_strides_beyond_int32():
                 ["p_mu", "p_logvar", "p_grad_z", "p_grad_kl"],
             ),
             *(
-                (lambda d=d, g=grad_z, x=data: kernels.log_prob(d, x, *[g] * len(d.outputs)), ["p_x", "p_p0"])
+                (
+                    lambda d=d, g=grad_z, x=data: kernels.log_prob(d, x, None, *[g] * len(d.outputs)),
+                    ["p_x", "p_p0"],
+                )
                 for d in cases.DECLARED.values()
             ),
             (lambda: logsumexp.log_mean_exp(log_w), ["p_log_w"]),  # noqa: B023

@@ -35,7 +35,7 @@ KEYWORDS = {
     "ais": (lambda: vae.ais(x, seed=5), ["ais()", "generator="]),
     "scale": (lambda: Gaussian(sigma=0.1), ["Gaussian()", "scale="]),
     "inherited": (lambda: fastvae.likelihoods.Laplace(std=0.1), ["Laplace()", "scale="]),
-    "an op": (lambda: fastvae.ops.gaussian_log_prob(x, x), ["gaussian_log_prob()", "(x, mean, logvar)"]),
+    "an op": (lambda: fastvae.ops.gaussian_log_prob(x, x), ["gaussian_log_prob()", "(x, mean, logvar, mask"]),
 }  # fmt: skip
 
 
