@@ -412,6 +412,10 @@ WRONG = {
         lambda n: (_zeros(n, 2, 9), _zeros(n, 2, 3, 9), _zeros(n, 2, 3, 9)),
         ["values in [100, 100]", "grid of 256 values from 0 to 1", "low= and high="],
     ),
+    "one value below the grid": (
+        "discretized_logistic_mixture", lambda: _zeros(B, 3, 9) - torch.eye(9, device=DEVICE)[:3] / 255,
+        lambda n: (_zeros(n, 2, 9), _zeros(n, 2, 3, 9), _zeros(n, 2, 3, 9)), ["values in [-0.00392157, 0]"],
+    ),
     "noise": (
         "discretized_logistic_mixture", lambda: _zeros(B, 3, 9) + 0.501,
         lambda n: (_zeros(n, 2, 9), _zeros(n, 2, 3, 9), _zeros(n, 2, 3, 9)), ["data with noise"],

@@ -556,6 +556,10 @@ def test_wrong_parts():
     for words, (data, f, likelihood) in calls.items():
         with pytest.raises((TypeError, ValueError), match=words):
             fastvae.iwae(data, a_q(), f, k=2, likelihood=likelihood)
+    masks = {"parts \\['more'\\]": {"more": zeros(B, X).bool()}, "Tensor": zeros(B, X).bool()}
+    for came, mask in masks.items():
+        with pytest.raises(TypeError, match=f"mask must be a dict with masks of parts of x.*got {came}"):
+            fastvae.iwae(x, a_q(), decoder, k=2, likelihood=joint, mask=mask)
     with pytest.raises(ValueError, match="Joint needs parts by name"):
         Joint()
     with pytest.raises(TypeError, match="constructor must be a function of the decoder's output"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 
@@ -253,6 +254,7 @@ IN_HALF = {
     "Laplace": td.Laplace,
     "LogNormal": td.LogNormal,
     "Gumbel": td.Gumbel,
+    "Independent Gumbel": lambda a, b: td.Independent(td.Gumbel(a, b), 1),
     "Cauchy": td.Cauchy,
     "Exponential": lambda a, b: td.Exponential(b),
     "StudentT": lambda a, b: td.StudentT(5.0, a, b),
@@ -287,6 +289,9 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     fix = {"rtol": 1e-4, "atol": 1e-4}
     if name not in ("Normal", "Independent", "tanh"):  # their densities use the noise, or lose accuracy
         torch.testing.assert_close(log_q, total(exact[0], z.double()).float(), **fix)
+        wrapped = fastvae.distributions.as_posterior(TorchDistribution(half[0]))
+        z, log_q = rsample_log_prob(wrapped, K, SEED)
+        torch.testing.assert_close(log_q, total(exact[0], z.double()).float(), **fix)
         log_p = fastvae.distributions.as_prior(half[1]).prepared().log_prob(z)
         torch.testing.assert_close(log_p, total(exact[1], z.double()).float(), **fix)
     found = []
@@ -310,6 +315,15 @@ def test_half_precision_is_computed_in_float32(name, dtype):
             fix = dict.fromkeys(("rtol", "atol"), 8 * torch.finfo(dtype).eps)
         if name not in NOT_ADDRESSED or (i == 0 and closed):
             torch.testing.assert_close(one.double(), other.double(), **fix)
+
+
+def test_half_precision_validates_as_the_distribution_does():
+    outside = -torch.ones(1, B, D, device=DEVICE)
+    for validates in (True, False):
+        half = td.HalfNormal(torch.ones(D, dtype=torch.bfloat16, device=DEVICE), validate_args=validates)
+        prior = fastvae.distributions.as_prior(half).prepared()
+        with pytest.raises(ValueError, match="support") if validates else contextlib.nullcontext():
+            assert bool((prior.log_prob(outside) == -math.inf).all())
 
 
 def total(d, z):

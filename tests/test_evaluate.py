@@ -632,12 +632,13 @@ def test_the_summary_is_readable(tmp_path):
         nll,
         "per dimension",
         "ELBO",
-        "ESS",
+        "for nine of ten examples",
         "Pareto k-hat",
         "active",
     ):
         assert words in text
     assert max(map(len, text.splitlines())) <= 110
+    assert "of ten examples" not in str(_evaluate(model, q, x[:1]))
     low, median, high = result.ess_quantiles
     assert float((result.ess <= low).double().mean()) == pytest.approx(0.05, abs=0.05)
     assert median == float(result.ess.median())

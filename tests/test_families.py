@@ -1224,6 +1224,12 @@ LACKING = {
 }  # fmt: skip
 
 
+def test_rows_of_a_prior_without_rsample():
+    prior = TorchDistribution(td.VonMises(zeros(B, D), 5.0))
+    drawn = [prior.sample(K, generator=generator(1)) for _ in range(2)]
+    assert drawn[0].shape == (K, B, D) and torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("what", LACKING)
 def test_undefined_moments_and_samples_are_refused(what):
     make, message = LACKING[what]

@@ -164,6 +164,13 @@ def test_a_vae_is_reported_by_its_parts():
         assert set(gradient_snr(lambda: vae.elbo(x), vae, evaluations=2).snr) == set(found.snr)
 
 
+def _variance_of_one(p):
+    monitor = GradientMonitor({"p": p}, window=1)
+    for _ in range(3):
+        monitor.update([torch.ones_like(p)])
+    monitor.result()
+
+
 WRONG = {
     "a value": (lambda p: gradient_snr(p.sum(), {"p": p}), TypeError, "bound must be a function"),
     "no number": (
@@ -191,6 +198,7 @@ WRONG = {
         ValueError,
         "no tensor that requires a gradient",
     ),
+    "a window of one": (_variance_of_one, ValueError, "takes two gradients or more, and a window of as many"),
     "no window": (lambda p: GradientMonitor({"p": p}, window=0), ValueError, "window must be at least 1"),
 }
 

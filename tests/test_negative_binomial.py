@@ -81,6 +81,20 @@ def test_zeros_of_any_mean(backend, columns):
         assert float(got) == pytest.approx(-columns * each, rel=2e-5)
 
 
+@pytest.mark.parametrize("t", [90.0, 200.0, 1e4])
+def test_without_overdispersion_it_is_poisson(backend, t):
+    """Also where θ itself overflows: value and slopes are a Poisson's, and θ has no slope."""
+    x = torch.tensor([[0.0, 1.0, 3.0, 20.0]], device=DEVICE)
+    mean = torch.tensor([[-2.0, 0.5, 0.0, 3.0]], device=DEVICE).requires_grad_()
+    dispersion = torch.full_like(x, t).requires_grad_()
+    out = ops.negative_binomial_log_prob(x, mean, dispersion)
+    expected = ops.poisson_log_prob(x, mean)
+    torch.testing.assert_close(out, expected)
+    by_mean, by_dispersion = torch.autograd.grad(out.sum(), (mean, dispersion))
+    torch.testing.assert_close(by_mean, torch.autograd.grad(expected.sum(), mean)[0])
+    torch.testing.assert_close(by_dispersion, torch.zeros_like(x), rtol=0, atol=1e-5)
+
+
 def test_certain_zeros_and_impossible_counts(backend):
     x = torch.tensor([[0.0], [3.0], [0.0], [3.0]], device=DEVICE)
     mean = torch.tensor([[-math.inf], [-math.inf], [math.inf], [math.inf]], device=DEVICE)
