@@ -21,6 +21,7 @@ __all__ = [
 def bernoulli_log_prob(
     x: Tensor,
     logits: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a bernoulli likelihood, summed over the event.
 
@@ -29,6 +30,8 @@ def bernoulli_log_prob(
     Args:
         x: data [B, *event]; broadcast over the leading axes of logits.
         logits: [..., B, *event].
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -43,6 +46,7 @@ def beta_log_prob(
     x: Tensor,
     log_concentration1: Tensor,
     log_concentration0: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a beta likelihood, summed over the event.
 
@@ -52,6 +56,8 @@ def beta_log_prob(
         x: data [B, *event]; broadcast over the leading axes of log_concentration1.
         log_concentration1: [..., B, *event].
         log_concentration0: broadcastable to log_concentration1: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -65,6 +71,7 @@ def beta_log_prob(
 def continuous_bernoulli_log_prob(
     x: Tensor,
     logits: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a continuous bernoulli likelihood, summed over the event.
 
@@ -73,6 +80,8 @@ def continuous_bernoulli_log_prob(
     Args:
         x: data [B, *event]; broadcast over the leading axes of logits.
         logits: [..., B, *event].
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -88,6 +97,7 @@ def discretized_logistic_log_prob(
     mean: Tensor,
     log_scale: Tensor | float,
     log_bin_width: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a discretized logistic likelihood, summed over the event.
 
@@ -98,6 +108,8 @@ def discretized_logistic_log_prob(
         mean: [..., B, *event].
         log_scale: broadcastable to mean: its shape, one row [*event], or one number.
         log_bin_width: broadcastable to mean: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -112,6 +124,7 @@ def gaussian_log_prob(
     x: Tensor,
     mean: Tensor,
     logvar: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a gaussian likelihood, summed over the event.
 
@@ -121,6 +134,8 @@ def gaussian_log_prob(
         x: data [B, *event]; broadcast over the leading axes of mean.
         mean: [..., B, *event].
         logvar: broadcastable to mean: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -135,6 +150,7 @@ def laplace_log_prob(
     x: Tensor,
     location: Tensor,
     log_scale: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a laplace likelihood, summed over the event.
 
@@ -144,6 +160,8 @@ def laplace_log_prob(
         x: data [B, *event]; broadcast over the leading axes of location.
         location: [..., B, *event].
         log_scale: broadcastable to location: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -158,6 +176,7 @@ def log_normal_log_prob(
     x: Tensor,
     location: Tensor,
     log_scale: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a log normal likelihood, summed over the event.
 
@@ -167,6 +186,8 @@ def log_normal_log_prob(
         x: data [B, *event]; broadcast over the leading axes of location.
         location: [..., B, *event].
         log_scale: broadcastable to location: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -181,6 +202,7 @@ def logistic_log_prob(
     x: Tensor,
     location: Tensor,
     log_scale: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a logistic likelihood, summed over the event.
 
@@ -190,6 +212,8 @@ def logistic_log_prob(
         x: data [B, *event]; broadcast over the leading axes of location.
         location: [..., B, *event].
         log_scale: broadcastable to location: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -204,6 +228,7 @@ def negative_binomial_log_prob(
     x: Tensor,
     log_mean: Tensor,
     log_inverse_dispersion: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a negative binomial likelihood, summed over the event.
 
@@ -213,6 +238,8 @@ def negative_binomial_log_prob(
         x: data [B, *event]; broadcast over the leading axes of log_mean.
         log_mean: [..., B, *event].
         log_inverse_dispersion: broadcastable to log_mean: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -226,6 +253,7 @@ def negative_binomial_log_prob(
 def poisson_log_prob(
     x: Tensor,
     log_rate: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a poisson likelihood, summed over the event.
 
@@ -234,6 +262,8 @@ def poisson_log_prob(
     Args:
         x: data [B, *event]; broadcast over the leading axes of log_rate.
         log_rate: [..., B, *event].
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -249,6 +279,7 @@ def softplus_gaussian_log_prob(
     mean: Tensor,
     raw: Tensor | float,
     log_floor: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a softplus gaussian likelihood, summed over the event.
 
@@ -259,6 +290,8 @@ def softplus_gaussian_log_prob(
         mean: [..., B, *event].
         raw: broadcastable to mean: its shape, one row [*event], or one number.
         log_floor: broadcastable to mean: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -274,6 +307,7 @@ def student_t_log_prob(
     location: Tensor,
     log_scale: Tensor | float,
     log_df: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a student t likelihood, summed over the event.
 
@@ -284,6 +318,8 @@ def student_t_log_prob(
         location: [..., B, *event].
         log_scale: broadcastable to location: its shape, one row [*event], or one number.
         log_df: broadcastable to location: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
@@ -299,6 +335,7 @@ def zero_inflated_negative_binomial_log_prob(
     log_mean: Tensor,
     log_inverse_dispersion: Tensor | float,
     dropout_logit: Tensor | float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a zero inflated negative binomial likelihood, summed over the event.
 
@@ -309,6 +346,8 @@ def zero_inflated_negative_binomial_log_prob(
         log_mean: [..., B, *event].
         log_inverse_dispersion: broadcastable to log_mean: its shape, one row [*event], or one number.
         dropout_logit: broadcastable to log_mean: its shape, one row [*event], or one number.
+        mask: bool [B, *event], or [*event] for all rows: True where x was observed. Other elements add
+            exactly 0, to the gradients, too, whatever x and the parameters hold there. None: all observed.
 
     Returns:
         Nats [..., B], in float32 (float64 if an argument is).
