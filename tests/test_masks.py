@@ -12,7 +12,7 @@ from torch import nn
 import fastvae
 from fastvae import ops
 from fastvae.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, NegativeBinomial, Poisson
-from fastvae.likelihoods.base import DECLARED
+from fastvae.likelihoods.declared import DECLARED
 from fastvae.ops.reduce import BoundReduction
 from fastvae.ops.reduce import reduce as fused
 

@@ -242,7 +242,7 @@ def test_layers_with_a_wrong_number_of_outputs_are_refused(overload):
 )
 def test_data_are_real_rows(x, op, backend):
     layer = torch.zeros(K * B, H), torch.zeros(X, H), None, None, None, "bernoulli"
-    bound = torch.zeros(K * B, X), torch.zeros(B), None, *BoundReduction(1.0, "mean", "mean"), False
+    bound = None, torch.zeros(K * B, X), torch.zeros(B), None, *BoundReduction(1.0, "mean", "mean"), False
     call = getattr(torch.ops.fastvae, op).default
     with (
         fastvae.use_backend(backend),

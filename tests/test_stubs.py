@@ -20,7 +20,7 @@ def test_every_op_of_the_stub_has_its_arguments_and_docstring():
     functions = {n.name: n for n in ast.parse(tools.stub()).body if isinstance(n, ast.FunctionDef)}
     assert functions.keys() == {f"{name}_log_prob" for name in DECLARED}
     arguments = ast.unparse(functions["gaussian_log_prob"].args)
-    assert arguments == "x: Tensor, mean: Tensor, logvar: Tensor | float"
+    assert arguments == "x: Tensor, mean: Tensor, logvar: Tensor | float, *, mask: Tensor | None=None"
     for name, function in functions.items():
         assert ast.get_docstring(function, clean=False) == getattr(ops, name).__doc__
 

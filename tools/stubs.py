@@ -34,7 +34,12 @@ def stub() -> str:
 
 def _function(function: Callable[..., Any]) -> str:
     signature = inspect.signature(function)
-    arguments = "".join(f"    {p},\n" for p in signature.parameters.values())
+    parameters = list(signature.parameters.values())
+    named = [p.kind is p.KEYWORD_ONLY for p in parameters]
+    lines = [str(p) for p in parameters]
+    if any(named):
+        lines.insert(named.index(True), "*")
+    arguments = "".join(f"    {line},\n" for line in lines)
     result = inspect.formatannotation(signature.return_annotation)
     head = f"def {function.__name__}(\n{arguments}) -> {result}:".replace("torch.Tensor", "Tensor")
     return f'{head}\n    """{function.__doc__}"""\n'

@@ -21,6 +21,7 @@ __all__ = [
 def bernoulli_log_prob(
     x: Tensor,
     logits: Tensor,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a bernoulli likelihood, summed over the event.
@@ -46,6 +47,7 @@ def beta_log_prob(
     x: Tensor,
     log_concentration1: Tensor,
     log_concentration0: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a beta likelihood, summed over the event.
@@ -71,6 +73,7 @@ def beta_log_prob(
 def continuous_bernoulli_log_prob(
     x: Tensor,
     logits: Tensor,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a continuous bernoulli likelihood, summed over the event.
@@ -97,6 +100,7 @@ def discretized_logistic_log_prob(
     mean: Tensor,
     log_scale: Tensor | float,
     log_bin_width: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a discretized logistic likelihood, summed over the event.
@@ -124,6 +128,7 @@ def gaussian_log_prob(
     x: Tensor,
     mean: Tensor,
     logvar: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a gaussian likelihood, summed over the event.
@@ -150,6 +155,7 @@ def laplace_log_prob(
     x: Tensor,
     location: Tensor,
     log_scale: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a laplace likelihood, summed over the event.
@@ -176,6 +182,7 @@ def log_normal_log_prob(
     x: Tensor,
     location: Tensor,
     log_scale: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a log normal likelihood, summed over the event.
@@ -202,6 +209,7 @@ def logistic_log_prob(
     x: Tensor,
     location: Tensor,
     log_scale: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a logistic likelihood, summed over the event.
@@ -228,6 +236,7 @@ def negative_binomial_log_prob(
     x: Tensor,
     log_mean: Tensor,
     log_inverse_dispersion: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a negative binomial likelihood, summed over the event.
@@ -253,6 +262,7 @@ def negative_binomial_log_prob(
 def poisson_log_prob(
     x: Tensor,
     log_rate: Tensor,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a poisson likelihood, summed over the event.
@@ -279,6 +289,7 @@ def softplus_gaussian_log_prob(
     mean: Tensor,
     raw: Tensor | float,
     log_floor: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a softplus gaussian likelihood, summed over the event.
@@ -307,6 +318,7 @@ def student_t_log_prob(
     location: Tensor,
     log_scale: Tensor | float,
     log_df: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a student t likelihood, summed over the event.
@@ -335,6 +347,7 @@ def zero_inflated_negative_binomial_log_prob(
     log_mean: Tensor,
     log_inverse_dispersion: Tensor | float,
     dropout_logit: Tensor | float,
+    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute log p(x|z) of a zero inflated negative binomial likelihood, summed over the event.
