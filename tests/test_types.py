@@ -90,8 +90,9 @@ reveal_type(vae.posterior(x))  # Distribution
 reveal_type(vae.sample(3))  # Any
 reveal_type(DiagonalNormal(x, x).mu)  # Tensor
 reveal_type(fastvae.quantize.VectorQuantizer(4, 2).encode(x))  # Tensor
-reveal_type(fastvae.ops.bernoulli_log_prob)  # def (x: Tensor, logits: Tensor, *, mask: Tensor | None =) -> Tensor
-reveal_type(gaussian_log_prob)  # def (x: Tensor, mean: Tensor, logvar: Tensor | float, *, mask: Tensor | None =) -> Tensor
+b, g = fastvae.ops.bernoulli_log_prob, gaussian_log_prob
+reveal_type(b)  # def (x: Tensor, logits: Tensor, *, mask: Tensor | None =) -> Tensor
+reveal_type(g)  # def (x: Tensor, mean: Tensor, logvar: Tensor | float, *, mask: Tensor | None =) -> Tensor
 reveal_type(gaussian_log_prob(x, x, logvar=0.0))  # Tensor
 print(-vae.elbo(x), vae.encoder.weight)
 
