@@ -118,6 +118,17 @@ def test_of_a_batch_that_is_the_data_set_they_are_the_report_of_its_latents():
     assert float(terms.dimension_kl.mean()) == pytest.approx(float(report.dimension_kl.sum()))
 
 
+def test_a_report_is_the_same_whatever_the_batches():
+    encoder = nn.Linear(X, 2 * D).to(DEVICE)
+    vae = fastvae.VAE(encoder, nn.Linear(D, X).to(DEVICE))
+    whole, parts = (
+        fastvae.diagnostics.latents(vae, rand(B, X, seed=4), generator=generator(5), batch_size=size)
+        for size in (B, 4)
+    )
+    for name in ("kl", *PARTS):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+
+
 @pytest.mark.parametrize("family", ["full", "low rank"])
 def test_posteriors_with_covariances(family):
     """Marginals come from the covariance's diagonal; gradients reach the off-diagonal elements too."""
