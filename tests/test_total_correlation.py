@@ -10,7 +10,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.distributions import DiagonalNormal, FullNormal, Laplace, LowRankNormal
+from fastvae.distributions import DiagonalNormal, Flow, FullNormal, Laplace, LowRankNormal
 
 from .conftest import DEVICE
 from .models import generator, rand, randn
@@ -262,6 +262,11 @@ def _call(**options):
 ROWS = torch.zeros(B, D, device=DEVICE, **WIDE)
 WRONG = {
     "a q that is not normal": (_call(q=Laplace(ROWS, ROWS)), ValueError, "marginal.*q is Laplace"),
+    "a flow's prior of each example": (
+        _call(prior=Flow(lambda c: td.Independent(td.Normal(c.expand(-1, D), 1.0), 1), ROWS[:, :1])),
+        ValueError,
+        "needs one prior for all examples",
+    ),
     "a prior of each example": (
         _call(prior=DiagonalNormal(ROWS, ROWS)),
         ValueError,
