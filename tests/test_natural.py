@@ -355,6 +355,7 @@ def test_no_false_alarms(monkeypatch):
     assert not _said(nn.Linear(D, X).to(DEVICE))
     assert not _said(nn.Sequential(nn.Linear(D, 6), nn.Sigmoid(), nn.Linear(6, X)).to(DEVICE))
     assert not _said(sigmoid, Bernoulli(probs=True))
+    assert not _said(sigmoid, ContinuousBernoulli(probs=True))
     assert not _said(sigmoid, Gaussian(0.1))
     assert not _said(nn.Sequential(nn.Linear(D, X), nn.Softplus()).to(DEVICE), Poisson(rate=True), counts)
 

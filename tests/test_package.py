@@ -154,6 +154,8 @@ def test_a_missing_triton_is_explained(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with fastvae.use_backend("native"):
         assert all(gpu == "fails: no triton (pip install 'fastvae[triton]')" for _, _, gpu in info._ops())
+    with fastvae.use_backend("triton"):
+        assert all(cpu == "fails: no triton" for _, cpu, _ in info._ops())
 
 
 # As installed with FASTVAE_NO_EXTENSION=1, or by accident.

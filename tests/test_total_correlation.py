@@ -10,7 +10,7 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.distributions import DiagonalNormal, FullNormal, Laplace, LowRankNormal
+from fastvae.distributions import DiagonalNormal, Flow, FullNormal, Laplace, LowRankNormal
 
 from .conftest import DEVICE
 from .models import generator, rand, randn
@@ -116,6 +116,17 @@ def test_terms_of_a_batch_of_all_data_equal_the_latents_report():
     assert float(terms.mutual_information.mean()) == pytest.approx(report.mutual_information)
     assert float(terms.total_correlation.mean()) == pytest.approx(report.total_correlation)
     assert float(terms.dimension_kl.mean()) == pytest.approx(float(report.dimension_kl.sum()))
+
+
+def test_a_report_is_the_same_whatever_the_batches():
+    encoder = nn.Linear(X, 2 * D).to(DEVICE)
+    vae = fastvae.VAE(encoder, nn.Linear(D, X).to(DEVICE))
+    whole, parts = (
+        fastvae.diagnostics.latents(vae, rand(B, X, seed=4), generator=generator(5), batch_size=size)
+        for size in (B, 4)
+    )
+    for name in ("kl", *PARTS):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
 @pytest.mark.parametrize("family", ["full", "low rank"])
@@ -251,6 +262,11 @@ def _call(**options):
 ROWS = torch.zeros(B, D, device=DEVICE, **WIDE)
 WRONG = {
     "a q that is not normal": (_call(q=Laplace(ROWS, ROWS)), ValueError, "marginal.*q is Laplace"),
+    "a flow's prior of each example": (
+        _call(prior=Flow(lambda c: td.Independent(td.Normal(c.expand(-1, D), 1.0), 1), ROWS[:, :1])),
+        ValueError,
+        "needs one prior for all examples",
+    ),
     "a prior of each example": (
         _call(prior=DiagonalNormal(ROWS, ROWS)),
         ValueError,
