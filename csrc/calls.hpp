@@ -6,6 +6,8 @@
 #pragma once
 
 #include "calls/normal_full.hpp"
+#include "calls/categorical.hpp"
+#include "calls/multinomial.hpp"
 #include "calls/components.hpp"
 #include "calls/head.hpp"
 #include "calls/logsumexp.hpp"

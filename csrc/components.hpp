@@ -1,7 +1,6 @@
 // Likelihoods of positions that are mixtures over a component axis, log p = log sum_c exp(s_c) - log sum_c
-// exp(a_c): of logits a_c, with s_c = a_c + the components' log-likelihoods. Where a component is a class,
-// which emits its own number for certain, s_c is a_c for that class. Lanes are positions; components come one
-// after the other, with running maxima and sums.
+// exp(a_c): of logits a_c, with s_c = a_c + the components' log-likelihoods. Lanes are positions; components
+// come one after the other, with running maxima and sums.
 
 #if defined(FASTVAE_COMPONENTS_HPP) == defined(FASTVAE_TOGGLE)
 #ifdef FASTVAE_COMPONENTS_HPP
@@ -14,6 +13,7 @@
 
 #include "common.hpp"
 #include "elementary.hpp"
+#include "logsumexp.hpp"
 #include "storage.hpp"
 #include "tiles.hpp"
 
@@ -26,67 +26,10 @@ struct ComponentSlopes {
   C location, log_scale;
 };
 
-// The running maximum and the sum of exp(s - maximum).
 template <class C>
-struct RunningSums {
-  C top[kBuffer], sum[kBuffer];
-  void clear(int n) {
-    fill(top, std::numeric_limits<C>::lowest(), n);
-    fill(sum, C(0), n);
-  }
-};
-
-template <class C>
-FASTVAE_LOOP void add_exponential(int n, const C* __restrict s, C* __restrict top, C* __restrict sum) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const C value = s[i], most = top[i];
-    const bool above = value > most;
-    const C e = exp_negative(above ? most - value : value - most);
-    sum[i] = above ? sum[i] * e + C(1) : sum[i] + e;
-    top[i] = above ? value : most;
-  }
+FASTVAE_LOOP double sum_of_differences(int n, const C* joint, const C* normaliser) {
+  return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return joint[i] - normaliser[i]; });
 }
-template <class C>
-FASTVAE_LOOP void log_of_sums(int n, const C* __restrict top, const C* __restrict sum, C* __restrict out) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = top[i] + log_positive(sum[i]);
-}
-
-// The logit of the class given by x.
-template <class C>
-FASTVAE_LOOP void pick_class(int n, C number, const C* __restrict x, const C* __restrict a,
-                             C* __restrict picked) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) picked[i] = x[i] == number ? a[i] : picked[i];
-}
-template <class C>
-FASTVAE_LOOP double sum_of_differences(int n, C ignored, const C* x, const C* joint, const C* normaliser) {
-  return sum_over<C>(
-      n, [=](int i) FASTVAE_INLINED { return x[i] == ignored ? C(0) : joint[i] - normaliser[i]; });
-}
-template <class C>
-FASTVAE_LOOP void class_gradients(int n, C g, C number, C ignored, const C* __restrict x,
-                                  const C* __restrict a, const C* __restrict normaliser, C* __restrict out) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const C share = exp_(a[i] - normaliser[i]);
-    const C value = g * ((x[i] == number ? C(1) : C(0)) - share);
-    out[i] = x[i] == ignored ? C(0) : value;
-  }
-}
-// Whether each is a whole number in [0, classes), or ignored, or NaN.
-template <class C>
-FASTVAE_LOOP bool are_classes(int n, const C* x, C classes, C ignored) {
-  int wrong = 0;
-#pragma omp simd reduction(| : wrong)
-  for (int i = 0; i < n; ++i) {
-    const bool inside = x[i] >= C(0) && x[i] < classes && __builtin_floor(x[i]) == x[i];
-    wrong |= !(inside || x[i] == ignored || x[i] != x[i]);
-  }
-  return wrong == 0;
-}
-
 template <class L, class C>
 FASTVAE_LOOP void add_component(int n, C setting, const C* __restrict x, const C* __restrict location,
                                 const C* __restrict log_scale, C* __restrict s) {
@@ -170,8 +113,8 @@ struct DiscretizedLogisticComponent {
   }
 };
 
-// A call: data (B, E, P), logits (N, C, P), the components' parameters (N, C E, P) or none, for classes; N a
-// multiple of B. `setting` is the class that does not count, or half a bin's width.
+// A call: data (B, E, P), logits (N, C, P), the components' parameters (N, C E, P); N a multiple of B.
+// `setting` is half a bin's width.
 struct ComponentRows {
   Tensor x, logits, location, log_scale, coefficients;
   double setting;
@@ -184,7 +127,7 @@ struct GroupReader {
   const ComponentRows& a;
   const C setting;
   C x[3][kBuffer], logit[kBuffer], location[3][kBuffer], log_scale[3][kBuffer], coefficient[3][kBuffer],
-      shifted[2][kBuffer], s[kBuffer];
+      shifted[3][kBuffer], s[kBuffer];
   const C *at_x[3] = {}, *at_logit = nullptr, *at_location[3] = {}, *at_log_scale[3] = {},
           *at_coefficient[3] = {};
   const C* means[3] = {};
@@ -202,7 +145,6 @@ struct GroupReader {
   }
   void component(i64 row, i64 c, i64 position, int n) {
     at_logit = read(logit, a.logits, row, c, position, n);
-    if (!a.location.data) return;
     for (i64 e = 0; e < a.channels(); ++e) {
       at_location[e] = read(location[e], a.location, row, c * a.channels() + e, position, n);
       at_log_scale[e] = read(log_scale[e], a.log_scale, row, c * a.channels() + e, position, n);
@@ -214,9 +156,9 @@ struct GroupReader {
     // Green by red; blue by red and green.
     couple(n, at_x[0], at_coefficient[0], at_location[1], shifted[0]);
     couple(n, at_x[0], at_coefficient[1], at_location[2], shifted[1]);
-    couple(n, at_x[1], at_coefficient[2], shifted[1], shifted[1]);
+    couple(n, at_x[1], at_coefficient[2], shifted[1], shifted[2]);
     means[1] = shifted[0];
-    means[2] = shifted[1];
+    means[2] = shifted[2];
   }
   template <class L>
   void log_likelihood(int n) {
@@ -233,48 +175,36 @@ struct GroupReader {
 constexpr i64 kGroupTile = 1024;
 
 template <class C>
-bool components_rows(const ComponentRows& a, C* out, C* normaliser, C* joint, int threads) {
+void components_rows(const ComponentRows& a, C* out, C* normaliser, C* joint, int threads) {
   const i64 rows = a.logits.n0, groups = a.logits.n1, positions = a.logits.n2, batch = a.x.n0;
   const i64 tiles = (positions + kGroupTile - 1) / kGroupTile;
   std::vector<double> parts(static_cast<std::size_t>(rows * tiles));
-  const bool classes = !a.location.data;
-  bool outside = false;
   parallel(threads, rows * tiles, a.logits.size() + a.location.size(), [&](i64 begin, i64 end) {
     GroupReader<C> r(a);
     RunningSums<C> all, own;
-    bool wrong = false;
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 row = unit / tiles, first = unit % tiles * kGroupTile;
       const int n = static_cast<int>(positions - first < kGroupTile ? positions - first : kGroupTile);
       C *to_normaliser = normaliser + row * positions + first, *to_joint = joint + row * positions + first;
       r.data(row % batch, first, n);
-      if (classes && row < batch) wrong |= !are_classes(n, r.at_x[0], static_cast<C>(groups), r.setting);
       all.clear(n);
       own.clear(n);
-      if (classes) fill(to_joint, -infinity(C(0)), n);
       for (i64 c = 0; c < groups; ++c) {
         r.component(row, c, first, n);
         add_exponential(n, r.at_logit, all.top, all.sum);
-        if (classes) {
-          pick_class(n, static_cast<C>(c), r.at_x[0], r.at_logit, to_joint);
-        } else {
-          r.template log_likelihood<DiscretizedLogisticComponent>(n);
-          add_exponential(n, r.s, own.top, own.sum);
-        }
+        r.template log_likelihood<DiscretizedLogisticComponent>(n);
+        add_exponential(n, r.s, own.top, own.sum);
       }
       log_of_sums(n, all.top, all.sum, to_normaliser);
-      if (!classes) log_of_sums(n, own.top, own.sum, to_joint);
-      const C none = classes ? r.setting : C(2);  // not a value of x
-      parts[static_cast<std::size_t>(unit)] = sum_of_differences(n, none, r.at_x[0], to_joint, to_normaliser);
+      log_of_sums(n, own.top, own.sum, to_joint);
+      parts[static_cast<std::size_t>(unit)] = sum_of_differences(n, to_joint, to_normaliser);
     }
-    if (wrong) __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
   });
   for (i64 row = 0; row < rows; ++row) {
     double sum = 0;
     for (i64 t = 0; t < tiles; ++t) sum += parts[static_cast<std::size_t>(row * tiles + t)];
     out[row] = static_cast<C>(sum);
   }
-  return !outside;
 }
 
 // Destinations of gradients, in the storage types of their inputs; null where not needed.
@@ -288,7 +218,6 @@ void components_rows_backward(const ComponentRows& a, const Tensor& grad, const 
   const i64 rows = a.logits.n0, groups = a.logits.n1, positions = a.logits.n2, batch = a.x.n0,
             channels = a.channels();
   const i64 tiles = (positions + kGroupTile - 1) / kGroupTile;
-  const bool classes = !a.location.data;
   const auto put = [&](address out, const Tensor& like, i64 index, i64 first, const C* from, int n) {
     const Storage<C>& s = storage<C>(like.dtype);
     s.store(out + static_cast<address>((index * positions + first) * s.size), from, n);
@@ -307,11 +236,6 @@ void components_rows_backward(const ComponentRows& a, const Tensor& grad, const 
       for (i64 c = 0; c < groups; ++c) {
         const i64 index = row * groups + c;
         r.component(row, c, first, n);
-        if (classes) {
-          class_gradients(n, g, static_cast<C>(c), r.setting, r.at_x[0], r.at_logit, at_normaliser, out);
-          put(to.logits, a.logits, index, first, out, n);
-          continue;
-        }
         r.template log_likelihood<DiscretizedLogisticComponent>(n);
         component_shares(n, g, r.at_logit, r.s, at_normaliser, at_joint, share, out);
         if (to.logits) put(to.logits, a.logits, index, first, out, n);
@@ -335,15 +259,16 @@ void components_rows_backward(const ComponentRows& a, const Tensor& grad, const 
 }
 
 // @param out (N), normaliser (N, P), joint (N, P): of compute type, that is double if `wide`, contiguous;
-// results. Returns false if x must contain classes and does not.
-inline bool components_log_prob(Tensor x, Tensor logits, Tensor location, Tensor log_scale,
+// results.
+inline void components_log_prob(Tensor x, Tensor logits, Tensor location, Tensor log_scale,
                                 Tensor coefficients, double setting, bool wide, Output out, Output normaliser,
                                 Output joint, int threads) {
   const ComponentRows a{x, logits, location, log_scale, coefficients, setting};
-  return wide ? components_rows(a, pointer<double>(out), pointer<double>(normaliser), pointer<double>(joint),
-                                threads)
-              : components_rows(a, pointer<float>(out), pointer<float>(normaliser), pointer<float>(joint),
-                                threads);
+  if (wide) {
+    components_rows(a, pointer<double>(out), pointer<double>(normaliser), pointer<double>(joint), threads);
+  } else {
+    components_rows(a, pointer<float>(out), pointer<float>(normaliser), pointer<float>(joint), threads);
+  }
 }
 
 // @param grad (N) of compute type. The results are contiguous, in the storage types of the parameters.

@@ -24,6 +24,60 @@ FASTVAE_INLINE C shift_of(C maximum) {
 }
 
 template <class C>
+FASTVAE_LOOP C largest(i64 n, const C* s) {
+  C most = -infinity(C(0));
+#pragma omp simd reduction(max : most)
+  for (i64 i = 0; i < n; ++i) most = s[i] > most ? s[i] : most;
+  return most;
+}
+template <class C>
+FASTVAE_LOOP double sum_of_exponentials(int n, C shift, const C* s) {
+  return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return exp_(s[i] - shift); });
+}
+
+// A log-sum-exp of numbers that arrive in parts.
+template <class C>
+struct LogSum {
+  C top = -std::numeric_limits<C>::infinity();
+  double sum = 0;  // of exp(s - shift_of(top))
+
+  void add(int n, const C* s) {
+    const C here = largest(n, s), above = here > top ? here : top, shift = shift_of(above);
+    if (top < above) sum *= static_cast<double>(exp_(top - shift));
+    sum += sum_of_exponentials(n, shift, s);
+    top = above;
+  }
+  double value() const { return static_cast<double>(top) + __builtin_log(sum); }
+};
+
+// The running maximum and the sum of exp(s - maximum).
+template <class C>
+struct RunningSums {
+  C top[kBuffer], sum[kBuffer];
+  void clear(int n) {
+    fill(top, std::numeric_limits<C>::lowest(), n);
+    fill(sum, C(0), n);
+  }
+};
+
+template <class C>
+FASTVAE_LOOP void add_exponential(int n, const C* __restrict s, C* __restrict top, C* __restrict sum) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const C value = s[i], most = top[i];
+    const bool above = value > most;
+    const C e = exp_negative(above ? most - value : value - most);
+    sum[i] = above ? sum[i] * e + C(1) : sum[i] + e;
+    top[i] = above ? value : most;
+  }
+}
+template <class C>
+FASTVAE_LOOP void log_of_sums(int n, const C* __restrict top, const C* __restrict sum, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = top[i] + log_positive(sum[i]);
+}
+
+template <class C>
 FASTVAE_LOOP void raise_maximum(C* __restrict maximum, const C* __restrict row, int n) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) maximum[i] = row[i] > maximum[i] ? row[i] : maximum[i];

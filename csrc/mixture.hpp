@@ -12,6 +12,7 @@
 
 #include "common.hpp"
 #include "elementary.hpp"
+#include "logsumexp.hpp"
 #include "tiles.hpp"
 
 namespace fastvae {
@@ -127,17 +128,6 @@ FASTVAE_LOOP void score(i64 dims, i64 pitch, i64 width, const C* means, const C*
   if constexpr (kTileVectors > 1) columns(std::integral_constant<int, 1>());
 }
 
-template <class C>
-FASTVAE_LOOP C largest(i64 n, const C* s) {
-  C most = -infinity(C(0));
-#pragma omp simd reduction(max : most)
-  for (i64 i = 0; i < n; ++i) most = s[i] > most ? s[i] : most;
-  return most;
-}
-template <class C>
-FASTVAE_LOOP double sum_of_exponentials(int n, C shift, const C* s) {
-  return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return exp_(s[i] - shift); });
-}
 // r = scale exp(s - shift), which is added to sum.
 template <class C>
 FASTVAE_LOOP void shares(i64 n, C scale, C shift, C* __restrict s, C* __restrict sum) {

@@ -20,8 +20,10 @@ template <class C>
 struct Storage {
   i64 size;  // bytes per element
   const C* (*load)(C* buffer, address from, i64 stride, int n);
-  void (*store)(address to, const C* from, int n);  // null for integers, which have no gradients
-  bool in_place;                                    // for the compute type itself
+  // null for integers, which have no gradients
+  void (*store)(address to, const C* from, int n);
+  void (*scatter)(address to, i64 stride, const C* from, int n);
+  bool in_place;  // for the compute type itself
 };
 
 template <class T, class C>
@@ -49,16 +51,23 @@ void store_as(address to, const C* __restrict from, int n) {
 }
 
 template <class T, class C>
-constexpr Storage<C> integers = {sizeof(T), load_as<T, C>, nullptr, false};
+void scatter_as(address to, i64 stride, const C* from, int n) {
+  if (stride == 1) return store_as<T, C>(to, from, n);
+  T* p = pointer<T>(to);
+  for (int i = 0; i < n; ++i) assign(p[i * stride], static_cast<compute_t<T>>(from[i]));
+}
+
+template <class T, class C>
+constexpr Storage<C> integers = {sizeof(T), load_as<T, C>, nullptr, nullptr, false};
 
 // In the order of enum Dtype.
 template <class C>
 const Storage<C>& storage(int dtype) {
   static const Storage<C> all[] = {
-      {4, load_as<float, C>, store_as<float, C>, std::is_same<C, float>::value},
-      {8, load_as<double, C>, store_as<double, C>, std::is_same<C, double>::value},
-      {2, load_as<bf16, C>, store_as<bf16, C>, false},
-      {2, load_as<f16, C>, store_as<f16, C>, false},
+      {4, load_as<float, C>, store_as<float, C>, scatter_as<float, C>, std::is_same<C, float>::value},
+      {8, load_as<double, C>, store_as<double, C>, scatter_as<double, C>, std::is_same<C, double>::value},
+      {2, load_as<bf16, C>, store_as<bf16, C>, scatter_as<bf16, C>, false},
+      {2, load_as<f16, C>, store_as<f16, C>, scatter_as<f16, C>, false},
       integers<std::uint8_t, C>,  // also bool
       integers<std::int8_t, C>,
       integers<std::int16_t, C>,

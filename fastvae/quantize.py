@@ -21,7 +21,7 @@ from .core.checks import (
     shape_of,
 )
 from .ops.codebook import nearest_code
-from .ops.components import categorical_log_prob
+from .ops.categorical import categorical_log_prob
 
 __all__ = ["Quantized", "VectorQuantizer"]
 

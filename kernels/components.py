@@ -1,4 +1,4 @@
-"""Likelihoods over a component axis, in Triton. See :mod:`fastvae.ops.components` for the mathematics.
+"""Mixtures over a component axis, in Triton. See :mod:`fastvae.ops.components` for the mathematics.
 
 A program takes a block of rows and positions and loops over the components with running maxima and sums, so
 nothing with the component axis is kept.
@@ -15,6 +15,7 @@ import triton.language as tl
 from .common import LAUNCH, accumulator, cdiv, load, power_of_two, store, strides, triton_dtype
 from .elementary import exp, exp_of_negative, expm1_parts, log_positive, tanh_half
 from .launching import Call, Result, planned
+from .logsumexp import add_exponential
 
 
 @triton.jit
@@ -59,14 +60,6 @@ def bin_gradient(x, location, log_scale, half):
     inner, _ = expm1_parts(bounded)
     share = tl.where(first | last, 0.0, bounded / inner)
     return (below - above) * inverse, lower * below - upper * above - share
-
-
-@triton.jit
-def add_exponential(b_s, b_top, b_sum):
-    """Add s to a running maximum and sum of exp(s - maximum); return both."""
-    above = b_s > b_top
-    b_e = exp_of_negative(tl.where(above, b_top - b_s, b_s - b_top))
-    return tl.where(above, b_s, b_top), tl.where(above, b_sum * b_e + 1.0, b_sum + b_e)
 
 
 @triton.jit
@@ -120,7 +113,7 @@ def coupled(
 def components_kernel(
     p_x,  # [B, E, P] data, of any type
     p_a,  # [N, C, P] logits
-    p_location,  # [N, C E, P], or None for classes
+    p_location,  # [N, C E, P]
     p_log_scale,
     p_coefficients,  # or None
     p_out,  # [tiles, N] out, partial log-likelihoods
@@ -145,7 +138,7 @@ def components_kernel(
     stride_3_n,
     stride_3_c,
     stride_3_p,
-    SETTING: tl.constexpr,  # the ignored class, or half a bin's width
+    HALF: tl.constexpr,  # half a bin's width
     CHANNELS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -158,37 +151,23 @@ def components_kernel(
     m_p = (row < N) & (o_p < P)
     b_top = tl.full([BLOCK_N, BLOCK_P], -3.0e38, dtype=DTYPE)
     b_sum = tl.zeros([BLOCK_N, BLOCK_P], dtype=DTYPE)
-    b_first = channel(p_x, b, 0, o_p, m_p, stride_x_b, stride_x_e, stride_x_p, DTYPE)
-    if p_location is None:
-        b_joint = tl.full([BLOCK_N, BLOCK_P], float("-inf"), dtype=DTYPE)
-    else:
-        b_top_own = tl.full([BLOCK_N, BLOCK_P], -3.0e38, dtype=DTYPE)
-        b_sum_own = tl.zeros([BLOCK_N, BLOCK_P], dtype=DTYPE)
+    b_top_own = tl.full([BLOCK_N, BLOCK_P], -3.0e38, dtype=DTYPE)
+    b_sum_own = tl.zeros([BLOCK_N, BLOCK_P], dtype=DTYPE)
     for c in range(C):
         b_a = channel(p_a, row, c, o_p, m_p, stride_0_n, stride_0_c, stride_0_p, DTYPE)
         b_top, b_sum = add_exponential(b_a, b_top, b_sum)
-        if p_location is None:
-            b_joint = tl.where(b_first == c, b_a, b_joint)
-        else:
-            b_s = component(
-                p_x, p_location, p_log_scale, p_coefficients, b_a, b, row, c, o_p, m_p, SETTING, stride_x_b,
-                stride_x_e, stride_x_p, stride_1_n, stride_1_c, stride_1_p, stride_2_n, stride_2_c,
-                stride_2_p, stride_3_n, stride_3_c, stride_3_p, CHANNELS, DTYPE,
-            )  # fmt: skip
-            b_top_own, b_sum_own = add_exponential(b_s, b_top_own, b_sum_own)
+        b_s = component(
+            p_x, p_location, p_log_scale, p_coefficients, b_a, b, row, c, o_p, m_p, HALF, stride_x_b,
+            stride_x_e, stride_x_p, stride_1_n, stride_1_c, stride_1_p, stride_2_n, stride_2_c, stride_2_p,
+            stride_3_n, stride_3_c, stride_3_p, CHANNELS, DTYPE,
+        )  # fmt: skip
+        b_top_own, b_sum_own = add_exponential(b_s, b_top_own, b_sum_own)
     b_normaliser = b_top + log_positive(b_sum)
-    if p_location is None:
-        # A NaN in x equals no class, and must not look like an impossible one.
-        b_joint = tl.where(b_first == b_first, b_joint, b_first)
-    else:
-        b_joint = b_top_own + log_positive(b_sum_own)
+    b_joint = b_top_own + log_positive(b_sum_own)
     o_out = row * P + o_p
     tl.store(p_normaliser + o_out, b_normaliser, mask=m_p)
     tl.store(p_joint + o_out, b_joint, mask=m_p)
-    counts = m_p
-    if p_location is None:
-        counts = m_p & (b_first != SETTING)
-    b_value = tl.where(counts, b_joint - b_normaliser, 0.0)
+    b_value = tl.where(m_p, b_joint - b_normaliser, 0.0)
     o_row = tl.program_id(1).to(tl.int64) * N + row
     tl.store(p_out + o_row, tl.sum(b_value, axis=1, keep_dims=True), mask=row < N)
 
@@ -200,7 +179,7 @@ def components_backward_kernel(
     p_joint,  # [N, P]
     p_x,  # [B, E, P] data, of any type
     p_a,  # [N, C, P] logits
-    p_location,  # [N, C E, P], or None for classes
+    p_location,  # [N, C E, P]
     p_log_scale,
     p_coefficients,  # or None
     p_grad_a,  # out, contiguous, with the parameters' shapes; None where not needed
@@ -227,7 +206,7 @@ def components_backward_kernel(
     stride_3_n,
     stride_3_c,
     stride_3_p,
-    SETTING: tl.constexpr,
+    HALF: tl.constexpr,
     CHANNELS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -241,52 +220,47 @@ def components_backward_kernel(
     g = load(p_grad, row * stride_grad, row < N, DTYPE)  # [BLOCK_N, 1]
     b_normaliser = load(p_normaliser, row * P + o_p, m_p, DTYPE)
     b_joint = load(p_joint, row * P + o_p, m_p, DTYPE)
-    b_first = channel(p_x, b, 0, o_p, m_p, stride_x_b, stride_x_e, stride_x_p, DTYPE)
     for c in range(C):
         b_a = channel(p_a, row, c, o_p, m_p, stride_0_n, stride_0_c, stride_0_p, DTYPE)
         b_share = exp(b_a - b_normaliser)
-        if p_location is None:
-            b_grad = g * (tl.where(b_first == c, 1.0, 0.0) - b_share)
-            store(p_grad_a, (row * C + c) * P + o_p, tl.where(b_first == SETTING, 0.0, b_grad), m_p)
-        else:
-            b_s = component(
-                p_x, p_location, p_log_scale, p_coefficients, b_a, b, row, c, o_p, m_p, SETTING, stride_x_b,
-                stride_x_e, stride_x_p, stride_1_n, stride_1_c, stride_1_p, stride_2_n, stride_2_c,
-                stride_2_p, stride_3_n, stride_3_c, stride_3_p, CHANNELS, DTYPE,
-            )  # fmt: skip
-            b_r = g * exp(b_s - b_joint)
-            if p_grad_a is not None:
-                store(p_grad_a, (row * C + c) * P + o_p, b_r - g * b_share, m_p)
-            for e in tl.static_range(CHANNELS):
-                i = c * CHANNELS + e
-                b_x = channel(p_x, b, e, o_p, m_p, stride_x_b, stride_x_e, stride_x_p, DTYPE)
-                b_mean = channel(p_location, row, i, o_p, m_p, stride_1_n, stride_1_c, stride_1_p, DTYPE)
-                b_scale = channel(p_log_scale, row, i, o_p, m_p, stride_2_n, stride_2_c, stride_2_p, DTYPE)
-                if p_coefficients is not None:
-                    b_mean = coupled(
-                        p_x, p_coefficients, b_mean, b, row, c, o_p, m_p, stride_x_b, stride_x_e, stride_x_p,
-                        stride_3_n, stride_3_c, stride_3_p, e, DTYPE,
+        b_s = component(
+            p_x, p_location, p_log_scale, p_coefficients, b_a, b, row, c, o_p, m_p, HALF, stride_x_b,
+            stride_x_e, stride_x_p, stride_1_n, stride_1_c, stride_1_p, stride_2_n, stride_2_c,
+            stride_2_p, stride_3_n, stride_3_c, stride_3_p, CHANNELS, DTYPE,
+        )  # fmt: skip
+        b_r = g * exp(b_s - b_joint)
+        if p_grad_a is not None:
+            store(p_grad_a, (row * C + c) * P + o_p, b_r - g * b_share, m_p)
+        for e in tl.static_range(CHANNELS):
+            i = c * CHANNELS + e
+            b_x = channel(p_x, b, e, o_p, m_p, stride_x_b, stride_x_e, stride_x_p, DTYPE)
+            b_mean = channel(p_location, row, i, o_p, m_p, stride_1_n, stride_1_c, stride_1_p, DTYPE)
+            b_scale = channel(p_log_scale, row, i, o_p, m_p, stride_2_n, stride_2_c, stride_2_p, DTYPE)
+            if p_coefficients is not None:
+                b_mean = coupled(
+                    p_x, p_coefficients, b_mean, b, row, c, o_p, m_p, stride_x_b, stride_x_e, stride_x_p,
+                    stride_3_n, stride_3_c, stride_3_p, e, DTYPE,
+                )  # fmt: skip
+            b_by_mean, b_by_scale = bin_gradient(b_x, b_mean, b_scale, HALF)
+            b_by_mean = b_r * b_by_mean
+            o_out = (row * C * CHANNELS + i) * P + o_p
+            if p_grad_location is not None:
+                store(p_grad_location, o_out, b_by_mean, m_p)
+            if p_grad_log_scale is not None:
+                store(p_grad_log_scale, o_out, b_r * b_by_scale, m_p)
+            if p_grad_coefficients is not None:
+                if e >= 1:
+                    store_coefficient_gradient(
+                        p_grad_coefficients, p_coefficients, p_x, b_by_mean, b, row, C, P, c, e - 1, 0,
+                        o_p, m_p, stride_x_b, stride_x_e, stride_x_p, stride_3_n, stride_3_c, stride_3_p,
+                        DTYPE,
                     )  # fmt: skip
-                b_by_mean, b_by_scale = bin_gradient(b_x, b_mean, b_scale, SETTING)
-                b_by_mean = b_r * b_by_mean
-                o_out = (row * C * CHANNELS + i) * P + o_p
-                if p_grad_location is not None:
-                    store(p_grad_location, o_out, b_by_mean, m_p)
-                if p_grad_log_scale is not None:
-                    store(p_grad_log_scale, o_out, b_r * b_by_scale, m_p)
-                if p_grad_coefficients is not None:
-                    if e >= 1:
-                        store_coefficient_gradient(
-                            p_grad_coefficients, p_coefficients, p_x, b_by_mean, b, row, C, P, c, e - 1, 0,
-                            o_p, m_p, stride_x_b, stride_x_e, stride_x_p, stride_3_n, stride_3_c, stride_3_p,
-                            DTYPE,
-                        )  # fmt: skip
-                    if e == 2:
-                        store_coefficient_gradient(
-                            p_grad_coefficients, p_coefficients, p_x, b_by_mean, b, row, C, P, c, 2, 1,
-                            o_p, m_p, stride_x_b, stride_x_e, stride_x_p, stride_3_n, stride_3_c, stride_3_p,
-                            DTYPE,
-                        )  # fmt: skip
+                if e == 2:
+                    store_coefficient_gradient(
+                        p_grad_coefficients, p_coefficients, p_x, b_by_mean, b, row, C, P, c, 2, 1,
+                        o_p, m_p, stride_x_b, stride_x_e, stride_x_p, stride_3_n, stride_3_c, stride_3_p,
+                        DTYPE,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -302,12 +276,10 @@ def store_coefficient_gradient(
     store(p_grad, (row * C * 3 + c * 3 + i) * P + o_p, b_by_mean * b_x * (1.0 - b_t) * (1.0 + b_t), m_p)
 
 
-def _launch(
-    logits: torch.Tensor, classes: bool, dtype: torch.dtype
-) -> tuple[tuple[int, int], dict[str, int], int]:
+def _launch(logits: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, int], dict[str, int], int]:
     """Return the grid, a program's rows and positions, and its warps."""
     rows, _, positions = logits.shape
-    launching = LAUNCH["likelihood_backward" if classes else "components"]
+    launching = LAUNCH["components"]
     block = min(power_of_two(positions), launching.tile)
     block_n = min(power_of_two(rows), launching.tile // block)
     grid = cdiv(rows, block_n), cdiv(positions, block)
@@ -318,31 +290,31 @@ def _numbers(x: torch.Tensor, parameters: tuple[torch.Tensor | None, ...]) -> tu
     return *strides(x, 3), *(n for p in parameters for n in strides(p, 3))
 
 
-def _constants(x: torch.Tensor, setting: float, dtype: torch.dtype, blocks: dict[str, int]) -> dict[str, Any]:
-    return {"SETTING": setting, "CHANNELS": x.shape[1], "DTYPE": triton_dtype(dtype), **blocks}
+def _constants(x: torch.Tensor, half: float, dtype: torch.dtype, blocks: dict[str, int]) -> dict[str, Any]:
+    return {"HALF": half, "CHANNELS": x.shape[1], "DTYPE": triton_dtype(dtype), **blocks}
 
 
 @planned
-def _forward(x, logits, location, log_scale, coefficients, setting) -> Call:
+def _forward(x, logits, location, log_scale, coefficients, half) -> Call:
     rows, groups, positions = logits.shape
     parameters = (logits, location, log_scale, coefficients)
     dtype = accumulator(x, *(p for p in parameters if p is not None))
-    grid, blocks, warps = _launch(logits, location is None, dtype)
+    grid, blocks, warps = _launch(logits, dtype)
     return Call(
         components_kernel,
         grid,
         (Result((rows,), dtype, grid[1]), Result((rows, positions), dtype), Result((rows, positions), dtype)),
         (x.shape[0], rows, groups, positions, *_numbers(x, parameters)),
-        _constants(x, setting, dtype, blocks),
+        _constants(x, half, dtype, blocks),
         warps,
     )
 
 
 @planned
-def _backward(grad, normaliser, joint, x, logits, location, log_scale, coefficients, setting, need) -> Call:
+def _backward(grad, normaliser, joint, x, logits, location, log_scale, coefficients, half, need) -> Call:
     parameters = (logits, location, log_scale, coefficients)
     dtype = grad.dtype
-    grid, blocks, warps = _launch(logits, location is None, dtype)
+    grid, blocks, warps = _launch(logits, dtype)
     needed = [*need, *[False] * (4 - len(need))]
     return Call(
         components_backward_kernel,
@@ -352,57 +324,37 @@ def _backward(grad, normaliser, joint, x, logits, location, log_scale, coefficie
             for p, n in zip(parameters, needed, strict=True)
         ),
         (x.shape[0], *logits.shape, *strides(grad, 1), *_numbers(x, parameters)),
-        _constants(x, setting, dtype, blocks),
+        _constants(x, half, dtype, blocks),
         warps,
     )
 
 
-def categorical(x: torch.Tensor, logits: torch.Tensor, setting: float) -> tuple[torch.Tensor, ...]:
-    """Return log p [N] and both log-sums [N, P] (normaliser, joint), of x [B, 1, P] and logits [N, C, P]."""
-    return discretized_logistic_mixture(x, logits, None, None, None, setting)
-
-
-def discretized_logistic_mixture(
+def discretized_logistic_mixture_log_prob(
     x: torch.Tensor,
     logits: torch.Tensor,
-    location: torch.Tensor | None,
-    log_scale: torch.Tensor | None,
+    location: torch.Tensor,
+    log_scale: torch.Tensor,
     coefficients: torch.Tensor | None,
-    setting: float,
+    half: float,
 ) -> tuple[torch.Tensor, ...]:
     """Return log p [N] and both log-sums [N, P] (normaliser, joint), of x [B, E, P] and logits [N, C, P]."""
     if not logits.numel() or not x.numel():
         dtype = accumulator(x, logits)
         empty = logits.new_zeros((logits.shape[0], logits.shape[2]), dtype=dtype)
         return logits.new_zeros(logits.shape[0], dtype=dtype), empty, empty.clone()
-    return _forward((x, logits, location, log_scale, coefficients), (setting,))
+    return _forward((x, logits, location, log_scale, coefficients), (half,))
 
 
-def categorical_backward(
+def discretized_logistic_mixture_log_prob_backward(
     grad: torch.Tensor,
     normaliser: torch.Tensor,
     joint: torch.Tensor,
     x: torch.Tensor,
     logits: torch.Tensor,
-    setting: float,
-    need: list[bool],
-) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of (x, logits), None where not needed and always for x."""
-    return discretized_logistic_mixture_backward(
-        grad, normaliser, joint, x, logits, None, None, None, setting, need
-    )
-
-
-def discretized_logistic_mixture_backward(
-    grad: torch.Tensor,
-    normaliser: torch.Tensor,
-    joint: torch.Tensor,
-    x: torch.Tensor,
-    logits: torch.Tensor,
-    location: torch.Tensor | None,
-    log_scale: torch.Tensor | None,
+    location: torch.Tensor,
+    log_scale: torch.Tensor,
     coefficients: torch.Tensor | None,
-    setting: float,
+    half: float,
     need: list[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of (x, logits, location, log_scale, coefficients), None where not needed.
@@ -418,4 +370,4 @@ def discretized_logistic_mixture_backward(
         ]
         return None, *grads
     sums = normaliser.contiguous(), joint.contiguous()
-    return None, *_backward((grad, *sums, x, *parameters), (setting, tuple(needed)))
+    return None, *_backward((grad, *sums, x, *parameters), (half, tuple(needed)))

@@ -22,7 +22,7 @@ from .common import (
     strides,
     triton_dtype,
 )
-from .elementary import exp, log, quotient
+from .elementary import exp, exp_of_negative, log, quotient
 from .launching import Call, Result, planned
 
 # Columns of a tile. With few columns, 8 float32 fill a 32-byte sector, the unit of memory access, and leave
@@ -54,6 +54,22 @@ def next_block(b_x, b_max):
     # If the maximum is infinite, so is the sum, and rescaling by 0 must not turn it into NaN.
     b_rescale = tl.where(b_new == float("inf"), 1.0, exp(b_max - b_shift))
     return b_new, b_rescale, exp(b_x - b_shift)
+
+
+@triton.jit
+def add_exponential(b_s, b_top, b_sum):
+    """Add s to a running maximum and sum of exp(s - maximum); return both."""
+    above = b_s > b_top
+    b_e = exp_of_negative(tl.where(above, b_top - b_s, b_s - b_top))
+    return tl.where(above, b_s, b_top), tl.where(above, b_sum * b_e + 1.0, b_sum + b_e)
+
+
+@triton.jit
+def combined(b_top, b_sum):
+    """Return the maximum and sum over lanes [BLOCK_N, lanes] of running maxima and sums, [BLOCK_N, 1]."""
+    b_most = tl.max(b_top, axis=1, keep_dims=True)
+    b_below = tl.where(b_top == b_most, 0.0, b_top - b_most)
+    return b_most, tl.sum(b_sum * exp_of_negative(b_below), axis=1, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["K", "count", "k_per_program"], do_not_specialize_on_alignment=["k_splits"])

@@ -383,3 +383,12 @@ def _bounds(dtype: torch.dtype, expected: Rounded) -> Tensor:
     # In float64 the expected value is computed in the same precision, with an error as large.
     both = 2 if info.bits == 64 else 1
     return both * expected.stored(dtype).error + info.tiny
+
+
+def assert_near(got, expected, dtype, scale, what):
+    """Assert agreement within roundings of sums of this size, plus one rounding to half precision."""
+    unit = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    wide = max(unit, 2**-23) if dtype != torch.float64 else unit
+    bound = 64 * wide * scale + (unit * expected.abs() if dtype.itemsize == 2 else 0)
+    off = (got.double() - expected).abs()
+    assert bool((off <= bound).all()), f"{what}: {float((off / bound).max()):.3g} times the bound"

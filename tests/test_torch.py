@@ -174,24 +174,68 @@ def _reduce_arguments(op: str):
         yield grad, mean, weights, x, mask, *parameters, term, factor, *how, need
 
 
+def _categorical_arguments(op: str):
+    """Yield argument lists of float and integer classes, many and few positions, and classes last."""
+    cases = (
+        (9, 5, False, torch.float32),
+        (9, 5, False, torch.bfloat16),
+        (2, 17, True, torch.float32),
+        (9, 5, True, torch.float64),
+    )
+    for p, c, last, dtype in cases:
+        x = torch.arange(B * p, device=DEVICE).reshape(B, p) % 5
+        x = x if p > 2 else x.float()
+        logits = randn(K * B, *((p, c) if last else (c, p)), seed=1).to(dtype)
+        wide = dtype if dtype == torch.float64 else torch.float32
+        if op.endswith("_backward"):
+            yield randn(K * B, seed=3).to(wide), randn(K * B, p, seed=4).to(wide), x, None, logits, last, -100
+        else:
+            yield x, None, logits.requires_grad_(), last, -100
+    x, begins, logits = (
+        torch.arange(2 * B).reshape(B, 2) % 3,
+        torch.tensor([0, 3, 20]),
+        randn(K * B, 20, seed=1),
+    )
+    x, begins = x.to(DEVICE), begins.to(DEVICE)
+    if op.endswith("_backward"):
+        yield randn(K * B, seed=3), randn(K * B, 2, seed=4), x, begins, logits, True, -100
+    else:
+        yield x, begins, logits.requires_grad_(), True, -100
+
+
+def _multinomial_arguments(op: str):
+    """Yield argument lists of dense and sparse counts, with and without a mask."""
+    x = (3 * rand(B, X, seed=1)).floor()
+    sparse = x.to_sparse_csr()
+    begins, columns = sparse.crow_indices(), sparse.col_indices()
+    mask = rand(B, X, seed=2) > 0.3
+    for dtype, given in (
+        (torch.float32, (x, None, None, None)),
+        (torch.bfloat16, (x.long(), None, None, mask)),
+        (torch.float64, (sparse.values(), begins, columns, None)),
+        (torch.float32, (sparse.values(), begins, columns, mask)),
+    ):
+        wide = dtype if dtype == torch.float64 else torch.float32
+        logits = randn(K * B, X, seed=3).to(dtype)
+        if op.endswith("_backward"):
+            grad, normaliser = (randn(K * B, seed=s).to(wide) for s in (4, 5))
+            yield grad, normaliser, x.sum(1).to(wide), *given, logits
+        else:
+            yield *given, logits.requires_grad_(), dtype != torch.float64
+
+
 def _components_arguments(op: str):
-    """Yield argument lists of float and integer classes, enough for the C++ or not, and of mixtures."""
+    """Yield argument lists of mixtures, grey and coloured."""
     backward = op.endswith("_backward")
 
-    def of(x, parameters, setting):
+    def of(x, parameters, half):
         n, _, p = parameters[0].shape
-        wide = parameters[0].dtype if parameters[0].dtype == torch.float64 else torch.float32
         if not backward:
-            return (x, *(None if q is None else q.clone().requires_grad_() for q in parameters), setting)
-        sums = [randn(*shape, seed=3).to(wide) for shape in ((n,), (n, p), (n, p))]
+            return (x, *(None if q is None else q.clone().requires_grad_() for q in parameters), half)
+        sums = [randn(*shape, seed=3) for shape in ((n,), (n, p), (n, p))]
         needs = [False, True, *[q is not None and i != 1 for i, q in enumerate(parameters[1:])]]
-        return (*sums, x, *parameters, setting, needs)
+        return (*sums, x, *parameters, half, needs)
 
-    if op.startswith("categorical"):
-        for p, dtype in ((9, torch.float32), (9, torch.bfloat16), (2, torch.float32), (9, torch.float64)):
-            x = torch.arange(B * p, device=DEVICE).reshape(B, 1, p) % 5
-            yield of(x if p > 2 else x.float(), (randn(K * B, 5, p, seed=1).to(dtype),), -100.0)
-        return
     for channels, coupled in ((1, False), (3, True)):
         x = rand(B, channels, 9, seed=1).round() * 2 - 1
         others = [randn(K * B, 2 * channels, 9, seed=2 + i) for i in range(3)]
@@ -231,7 +275,11 @@ def _arguments(op: str):
         yield from _tril_arguments(op)
     elif op.startswith("rsample"):
         yield from _backward_arguments(op) if op.endswith("_backward") else _latent_arguments(op)
-    elif op.startswith(("categorical", "discretized_logistic_mixture")):
+    elif op.startswith("categorical"):
+        yield from _categorical_arguments(op)
+    elif op.startswith("multinomial"):
+        yield from _multinomial_arguments(op)
+    elif op.startswith("discretized_logistic_mixture"):
         yield from _components_arguments(op)
     elif op.startswith(("linear_log_prob", "reduce_linear")):
         yield from _head_arguments(op)
@@ -365,6 +413,8 @@ def _functions_called(function) -> set[str]:
         "mixture_log_prob_backward",
         "categorical_log_prob",
         "categorical_log_prob_backward",
+        "multinomial_log_prob",
+        "multinomial_log_prob_backward",
         "discretized_logistic_mixture_log_prob",
         "discretized_logistic_mixture_log_prob_backward",
         "linear_log_prob",

@@ -207,6 +207,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         for dtype in (f32, bf16, f64) if common else (f32,):
             needs = sorted({False, common and declared.differentiable})
             yield from of_likelihood(likelihood, declared, dtype, size, size, needs, masked=True)
+    yield from softmax_launches((f32, bf16, f64))
     yield from components_launches((f32, bf16, f64))
     yield from mixture_launches((f32, f64))
     yield from full_launches((f32, bf16, f64))
@@ -242,28 +243,71 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from odd_launches()
 
 
+def softmax_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield launches for classes of pixels and of tokens, classes last or not, and for counts of clicks."""
+    from fastvae.kernels import categorical, multinomial
+
+    for dtype in dtypes:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for n, c, p, last in (
+            (64, 256, 784, False),
+            (320, 5000, 32, True),
+            (500, 8, 1, True),
+            (500, 3, 40, True),
+        ):
+            x, logits = tensor(n, p), tensor(n, *((p, c) if last else (c, p)), dtype=dtype)
+            sums = tensor(n, dtype=wide), tensor(n, p, dtype=wide)
+            label = f"{str(dtype)[6:]} {list(logits.shape)}{' classes last' if last else ''}"
+            given = (x, None, logits, last, -100)
+            yield f"categorical {label}", lambda a=given: categorical.categorical_log_prob(*a)
+            yield (
+                f"categorical_backward {label}",
+                lambda a=given, s=sums: categorical.categorical_log_prob_backward(*s, *a),
+            )
+        x, logits, wide_sums = tensor(500, 20), tensor(500, 160, dtype=dtype), tensor(500, 20, dtype=wide)
+        table = (x, torch.arange(0, 161, 8, device=x.device), logits, True, -100)
+        label, column = f"{str(dtype)[6:]} [500, 160] of 20 columns", tensor(500, dtype=wide)
+        yield f"categorical {label}", lambda a=table: categorical.categorical_log_prob(*a)
+        yield (
+            f"categorical_backward {label}",
+            lambda a=table, s=wide_sums, g=column: categorical.categorical_log_prob_backward(g, s, *a),
+        )
+        for n, size, masked in ((500, 4000, False), (500, 4000, True), (1000, 30, False)):
+            x, logits = tensor(n, size), tensor(n, size, dtype=dtype)
+            mask = tensor(n, size, dtype=torch.bool) if masked else None
+            counts = (x, None, None, mask, logits)
+            column = tensor(n, dtype=wide)
+            label = f"{str(dtype)[6:]} {list(logits.shape)}{' masked' if masked else ''}"
+            yield f"multinomial {label}", lambda a=counts: multinomial.multinomial_log_prob(*a, True)
+            yield (
+                f"multinomial_backward {label}",
+                lambda a=counts, g=column: multinomial.multinomial_log_prob_backward(g, g, g, *a),
+            )
+
+
 def components_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield launches for classes of pixels and of tokens; mixtures of colours and of grey."""
+    """Yield launches for mixtures of colours and of grey."""
     from fastvae.kernels import components
 
     for dtype in dtypes:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        for n, c, channels, p in ((64, 256, 1, 784), (320, 5000, 1, 32), (64, 10, 3, 1024), (50, 10, 1, 784)):
+        for n, c, channels, p in ((64, 10, 3, 1024), (50, 10, 1, 784)):
             x, logits = tensor(n, channels, p), tensor(n, c, p, dtype=dtype)
             sums = tensor(n, dtype=wide), tensor(n, p, dtype=wide), tensor(n, p, dtype=wide)
-            if c > 10:
-                name, arguments = "categorical", (x, logits, -100.0)
-            else:
-                others = [tensor(n, c * channels, p, dtype=dtype)] * 2
-                coupling = others[0] if channels == 3 else None
-                name, arguments = "discretized_logistic_mixture", (x, logits, *others, coupling, 1 / 255)
+            others = [tensor(n, c * channels, p, dtype=dtype)] * 2
+            coupling = others[0] if channels == 3 else None
+            arguments = (x, logits, *others, coupling, 1 / 255)
             need = [False, *[t is not None for t in arguments[1:-1]]]
             label = f"{str(dtype)[6:]} [{n}, {c}, {channels}, {p}]"
-            forward, backward = getattr(components, name), getattr(components, f"{name}_backward")
-            yield f"{name} {label}", lambda f=forward, a=arguments: f(*a)
             yield (
-                f"{name}_backward {label}",
-                lambda f=backward, a=arguments, s=sums, o=need: f(*s, *a, o),
+                f"discretized_logistic_mixture {label}",
+                lambda a=arguments: components.discretized_logistic_mixture_log_prob(*a),
+            )
+            yield (
+                f"discretized_logistic_mixture_backward {label}",
+                lambda a=arguments, s=sums, o=need: components.discretized_logistic_mixture_log_prob_backward(
+                    *s, *a, o
+                ),
             )
 
 

@@ -120,18 +120,27 @@ class Conditioning(NamedTuple):
 
 
 def check_batch(
-    name: str, value: Any, batch: int, device: torch.device, latent: tuple[int, ...] | None = None
+    name: str,
+    value: Any,
+    batch: int,
+    device: torch.device,
+    latent: tuple[int, ...] | None = None,
+    sparse: bool = False,
 ) -> None:
-    """Validate that a tensor, or each of a dict, has this batch size and device; ``latent`` is q's shape."""
+    """Validate that a tensor, or each of a dict, has this batch size and device.
+
+    ``latent`` is q's shape; with ``sparse`` a tensor may have another layout.
+    """
     if isinstance(value, Mapping):
         if not value:
             raise ValueError(f"{name} is an empty dict; expected tensors by name")
         for key, part in value.items():
-            check_batch(f"{name}[{key!r}]", part, batch, device, latent)
+            check_batch(f"{name}[{key!r}]", part, batch, device, latent, sparse)
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor or a dict of tensors, got {type(value).__name__}")
-    check_dense(name, value)
+    if not sparse:
+        check_dense(name, value)
     if value.dim() == 0 or value.shape[0] != batch:
         axes = "" if latent is None else f", read as [B, *latent] = {[batch, *latent]}"
         raise ValueError(

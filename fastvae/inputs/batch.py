@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
         likelihood.check(x)
         x = each(signed, x)
         q = as_posterior(q)
-        check_batch("x", x, q.batch, q.device, q.latent)
+        check_batch("x", x, q.batch, q.device, q.latent, likelihood.takes_sparse)
         if not callable(decoder):
             raise TypeError(
                 "decoder must be a callable z[N, D] -> parameters, such as an nn.Module; got "

@@ -104,7 +104,7 @@ def _look_at_outputs(likelihood: Any, outputs: Any) -> None:
     if not (least >= 0 and most <= 1 and least < most):
         return
     if likelihood.reads != "logits":
-        axes = 1 if likelihood.reads == "class logits" else tuple(range(1, values.dim()))
+        axes = likelihood.axis if likelihood.reads == "class logits" else tuple(range(1, values.dim()))
         if not bool(((values.float().sum(axes) - 1).abs() < 0.02).all()):
             return
     _warn(

@@ -3,7 +3,8 @@
 from .base import Likelihood
 from .bernoulli import Bernoulli
 from .beta import Beta
-from .categorical import Categorical, Multinomial
+from .categorical import Categorical
+from .columns import Columns
 from .continuous_bernoulli import ContinuousBernoulli
 from .discretized_logistic import DiscretizedLogistic
 from .discretized_logistic_mixture import DiscretizedLogisticMixture
@@ -12,6 +13,7 @@ from .joint import Joint
 from .laplace import Laplace
 from .log_normal import LogNormal
 from .logistic import Logistic
+from .multinomial import Multinomial
 from .negative_binomial import NegativeBinomial
 from .optimal_gaussian import OptimalGaussian
 from .own import from_distribution
@@ -24,6 +26,7 @@ __all__ = [
     "Bernoulli",
     "Beta",
     "Categorical",
+    "Columns",
     "ContinuousBernoulli",
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",

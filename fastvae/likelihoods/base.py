@@ -35,6 +35,7 @@ class Likelihood(nn.Module):
 
     Attributes:
         takes_integers: x may be an integer tensor; otherwise integers raise.
+        takes_sparse: x may be a sparse matrix [B, X].
         takes_size: the mean accepts a factor for each example, ``size_factor=``.
         differentiable: x may have a gradient.
         inside: a valid value of an element of x; it replaces the elements that a ``mask`` leaves out.
@@ -45,6 +46,7 @@ class Likelihood(nn.Module):
     """
 
     takes_integers: ClassVar[bool] = False
+    takes_sparse: ClassVar[bool] = False
     takes_size: ClassVar[bool] = False
     differentiable: ClassVar[bool] = True
     inside: ClassVar[float] = 0.0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.nested import Conditioning
 from .base import Likelihood, describe
+from .columns import read_weights
 from .read import as_likelihood
 
 
@@ -18,12 +19,13 @@ class Joint(Likelihood):
 
     x is a dict of tensors, and the decoder returns a dict of each part's parameters, by the same names.
 
-    .. math:: \log p(x|z_k) = \sum_{\text{parts } j} \log p_j(x_j|z_k)
+    .. math:: \log p(x|z_k) = \sum_{\text{parts } j} w_j \log p_j(x_j|z_k)
 
     ``mask`` and ``size_factor`` are dicts by part, too; parts without one may be left out.
 
     Args:
-        parts: the likelihood of each part, by keyword: a name or an object.
+        parts: the likelihood of each part, a name or an object: by keyword, or in a dict.
+        weights: factors of parts' log p, by name; default 1.
 
     Raises:
         TypeError, ValueError: without parts; for an unknown likelihood; when called, for an x or a decoder's
@@ -46,13 +48,23 @@ class Joint(Likelihood):
 
     reads = "parts"
 
-    def __init__(self, **parts: str | Likelihood):
+    def __init__(
+        self,
+        parts: Mapping[str, str | Likelihood] | None = None,
+        /,
+        *,
+        weights: Mapping[str, float] | None = None,
+        **named: str | Likelihood,
+    ):
         super().__init__()
+        parts = {**(parts or {}), **named}
         if not parts:
             raise ValueError(
                 'Joint needs parts by name, such as Joint(pixels="bernoulli", genes="poisson"); got none'
             )
         self.parts = nn.ModuleDict({name: as_likelihood(part) for name, part in parts.items()})
+        self.weights = read_weights(weights, tuple(parts))
+        self.takes_sparse = any(part.takes_sparse for _, part in self._each())  # type: ignore[misc]
 
     def check(self, x: Any, name: str = "x") -> None:
         self._matched(x, name)
@@ -81,7 +93,8 @@ class Joint(Likelihood):
         total: Any = 0
         for name, part in self._each():
             own = None if conditioning is None else conditioning.part(name)
-            total = total + part.log_likelihood(x[name], parameters[name], samples, own)
+            value = part.log_likelihood(x[name], parameters[name], samples, own)
+            total = total + (value if self.weights[name] == 1 else value * self.weights[name])
         return total  # type: ignore[no-any-return]
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, NoReturn
 from . import likelihood as _likelihood
 from . import reduce as _reduce
 from .all_pairs import all_pairs_log_prob
-from .components import categorical_log_prob, discretized_logistic_mixture_log_prob
+from .categorical import categorical_log_prob
+from .components import discretized_logistic_mixture_log_prob
 from .head import linear_log_prob
 from .logsumexp import log_mean_exp
 from .mixture import mixture_log_prob
+from .multinomial import multinomial_log_prob
 from .normal_diagonal import rsample_kl, rsample_log_ratio
 from .normal_full import rsample_tril
 
@@ -25,6 +27,7 @@ __all__ = [
     "linear_log_prob",
     "log_mean_exp",
     "mixture_log_prob",
+    "multinomial_log_prob",
     "rsample_kl",
     "rsample_log_ratio",
     "rsample_tril",

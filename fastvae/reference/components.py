@@ -1,4 +1,4 @@
-"""Likelihoods over a component axis in plain PyTorch; the mathematics is in :mod:`fastvae.ops.components`."""
+"""Mixtures over a component axis in plain PyTorch; the mathematics is in :mod:`fastvae.ops.components`."""
 
 from __future__ import annotations
 
@@ -26,59 +26,24 @@ def _components(
     return x, location, log_scale, coefficients  # type: ignore[return-value]
 
 
-def _classes(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x [N, P], and whether each element is one of the classes."""
-    x = _of_each_sample(x, logits)[:, 0]
-    return x, (x >= 0) & (x < logits.shape[1]) & (x == x.round())
-
-
-def categorical(x: Tensor, logits: Tensor, setting: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log p [N] and two tensors [N, P] for the gradient, given x [B, 1, P] and logits [N, C, P]."""
-    x, wide = upcast(x, logits)
-    x, known = _classes(x, wide)
-    normaliser = torch.logsumexp(wide, 1)
-    index = torch.where(known, x, 0).long()[:, None]
-    joint = torch.where(known, wide.gather(1, index)[:, 0], x * 0 - torch.inf)
-    return torch.where(x == setting, 0.0, joint - normaliser).sum(1), normaliser, joint
-
-
-def categorical_backward(
-    grad: Tensor,
-    normaliser: Tensor,
-    joint: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    setting: float,
-    need: list[bool],
-) -> tuple[Tensor | None, ...]:
-    """Return gradients of (x, logits), None where not needed."""
-    del joint
-    x, wide = upcast(x, logits)
-    x, _ = _classes(x, wide)
-    number = torch.arange(logits.shape[1], device=logits.device)[:, None]
-    share = torch.exp(wide - normaliser[:, None])
-    grads = grad[:, None, None] * ((x[:, None] == number).to(wide.dtype) - share)
-    return None, torch.where(x[:, None] == setting, 0.0, grads).to(logits.dtype) if need[1] else None
-
-
-def discretized_logistic_mixture(
+def discretized_logistic_mixture_log_prob(
     x: Tensor,
     logits: Tensor,
     location: Tensor,
     log_scale: Tensor,
     coefficients: Tensor | None,
-    setting: float,
+    half: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log p [N] and two tensors [N, P] for the gradient, given x [B, E, P] and logits [N, C, P]."""
     given = [x, logits, location, log_scale] + ([] if coefficients is None else [coefficients])
     x, logits, *rest = upcast(*given)
     wide, location, log_scale, _ = _components(x, logits, *rest, *[None] * (3 - len(rest)))
     normaliser = torch.logsumexp(logits, 1)
-    joint = torch.logsumexp(logits + cell_log_prob(wide, location, log_scale, setting).sum(2), 1)
+    joint = torch.logsumexp(logits + cell_log_prob(wide, location, log_scale, half).sum(2), 1)
     return (joint - normaliser).sum(1), normaliser, joint
 
 
-def discretized_logistic_mixture_backward(
+def discretized_logistic_mixture_log_prob_backward(
     grad: Tensor,
     normaliser: Tensor,
     joint: Tensor,
@@ -87,16 +52,16 @@ def discretized_logistic_mixture_backward(
     location: Tensor,
     log_scale: Tensor,
     coefficients: Tensor | None,
-    setting: float,
+    half: float,
     need: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return gradients of (x, logits, location, log_scale, coefficients), None where not needed."""
     parameters = [logits, location, log_scale] + ([] if coefficients is None else [coefficients])
     x, logits, *rest = upcast(x, *parameters)
     wide, means, scales, coupling = _components(x, logits, *rest, *[None] * (3 - len(rest)))
-    s = logits + cell_log_prob(wide, means, scales, setting).sum(2)
+    s = logits + cell_log_prob(wide, means, scales, half).sum(2)
     r = grad[:, None, None] * torch.exp(s - joint[:, None])
-    by_location, by_log_scale = cell_slopes(wide, means, scales, setting)
+    by_location, by_log_scale = cell_slopes(wide, means, scales, half)
     by_location, by_log_scale = r[:, :, None] * by_location, r[:, :, None] * by_log_scale
     grads: list[Tensor] = [r - grad[:, None, None] * torch.exp(logits - normaliser[:, None])]
     grads += [by_location.flatten(1, 2), by_log_scale.flatten(1, 2)]

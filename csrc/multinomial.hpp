@@ -1,0 +1,263 @@
+// Counts over an event, log p = sum_i x_i (a_i - log sum_j exp(a_j)) + log n! - sum_i log x_i!, n = sum x.
+// See fastvae/ops/multinomial.py. A row's x is read once for all samples; the logits once per direction.
+
+#if defined(FASTVAE_MULTINOMIAL_HPP) == defined(FASTVAE_TOGGLE)
+#ifdef FASTVAE_MULTINOMIAL_HPP
+#undef FASTVAE_MULTINOMIAL_HPP
+#else
+#define FASTVAE_MULTINOMIAL_HPP
+#endif
+
+#include "common.hpp"
+#include "elementary.hpp"
+#include "logsumexp.hpp"
+#include "storage.hpp"
+#include "tiles.hpp"
+
+namespace fastvae {
+namespace FASTVAE_ISA {
+
+// sum_i x_i (a_i - shift): a count of 0 adds 0 even where its class is impossible.
+template <class C>
+FASTVAE_LOOP double sum_of_products(int n, C shift, const C* x, const C* a) {
+  return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return x[i] == C(0) ? C(0) : x[i] * (a[i] - shift); });
+}
+template <class C>
+FASTVAE_LOOP double sum_of(int n, const C* x) {
+  return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return x[i]; });
+}
+// Bits: 1 if a count is negative, 2 if one is neither 0 nor 1.
+template <class C>
+FASTVAE_LOOP int kinds_of_counts(int n, const C* x) {
+  int found = 0;
+#pragma omp simd reduction(| : found)
+  for (int i = 0; i < n; ++i) found |= (x[i] < C(0) ? 1 : 0) | (x[i] == C(0) || x[i] == C(1) ? 0 : 2);
+  return found;
+}
+// out = g x - gn exp(a - normaliser).
+template <class C>
+FASTVAE_LOOP void count_gradients(int n, C g, C gn, C normaliser, const C* __restrict x,
+                                  const C* __restrict a, C* __restrict out) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) out[i] = g * x[i] - gn * exp_(a[i] - normaliser);
+}
+template <class C>
+FASTVAE_LOOP void where_seen(int n, const std::uint8_t* __restrict seen, C otherwise, const C* from, C* to) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) to[i] = seen[i] ? from[i] : otherwise;
+}
+
+inline double log_factorial(double x) {
+  static const auto small = [] {
+    struct {
+      double value[256];
+    } made;
+    int sign;  // lgamma would write a global variable
+    for (int i = 0; i < 256; ++i) made.value[i] = ::lgamma_r(i + 1.0, &sign);
+    return made;
+  }();
+  if (x >= 0 && x < 256 && x == __builtin_floor(x)) return small.value[static_cast<int>(x)];
+  int sign;
+  return ::lgamma_r(x + 1, &sign);
+}
+
+// A call: x (B, X) of any type, a mask (B, X) of bytes or none, logits (N, X); N a multiple of B. If x is
+// sparse, `x` (M) holds its values, `begins` (B + 1) where rows begin among them, `columns` (M) their
+// columns, which ascend in a row.
+struct CountRows {
+  Tensor x, begins, columns, mask, logits;
+  i64 rows() const { return logits.n0; }
+  i64 width() const { return logits.n1; }
+  i64 batch() const { return begins.data ? begins.n0 - 1 : x.n0; }
+  // Units of rows of x: all samples of a row, which read its x once; or single ones, if rows are few.
+  i64 together() const { return batch() < 16 ? 1 : rows() / batch(); }
+  i64 units() const { return rows() / together(); }
+};
+
+// Reads the numbers of a row block by block.
+template <class C>
+struct CountReader {
+  const CountRows& a;
+  const Storage<C>&of_x, &of_logits;
+  C x_buffer[kBuffer], buffer[kBuffer], masked[kBuffer];
+  std::uint8_t seen_buffer[kBuffer];
+  const std::uint8_t* seen = nullptr;
+
+  explicit CountReader(const CountRows& call)
+      : a(call), of_x(storage<C>(call.x.dtype)), of_logits(storage<C>(call.logits.dtype)) {}
+  const i64* begins() const { return pointer<const i64>(a.begins.data); }
+  i64 column(i64 j) const { return pointer<const i64>(a.columns.data)[j * a.columns.s0]; }
+  i64 begin(i64 b) const { return begins()[b * a.begins.s0]; }
+
+  void look(i64 b, i64 first, int n) {
+    if (!a.mask.data) return;
+    const std::uint8_t* from = pointer<const std::uint8_t>(a.mask.data) + b * a.mask.s0 + first * a.mask.s1;
+    seen = a.mask.s1 == 1 ? from : seen_buffer;
+    for (int i = 0; i < n && a.mask.s1 != 1; ++i) seen_buffer[i] = from[i * a.mask.s1];
+  }
+  // Counts of a block; `j` walks along the columns of a sparse row. After look().
+  const C* counts(i64 b, i64 first, int n, i64& j, i64 end) {
+    if (a.begins.data) {
+      fill(x_buffer, C(0), n);
+      C one;
+      for (; j < end && column(j) < first + n; ++j) {
+        const i64 i = column(j) - first;
+        if (i >= 0)
+          x_buffer[i] += *of_x.load(&one, a.x.data + static_cast<address>(j * a.x.s0 * of_x.size), 0, 1);
+      }
+      if (seen) where_seen(n, seen, C(0), x_buffer, x_buffer);
+      return x_buffer;
+    }
+    const i64 offset = b * a.x.s0 + first * a.x.s1;
+    const C* x = of_x.load(x_buffer, a.x.data + static_cast<address>(offset * of_x.size), a.x.s1, n);
+    if (!seen) return x;
+    where_seen(n, seen, C(0), x, x_buffer);
+    return x_buffer;
+  }
+  const C* logits(i64 row, i64 first, int n) {
+    const i64 offset = row * a.logits.s0 + first * a.logits.s1;
+    const C* s =
+        of_logits.load(buffer, a.logits.data + static_cast<address>(offset * of_logits.size), a.logits.s1, n);
+    if (!seen) return s;
+    where_seen(n, seen, -infinity(C(0)), s, masked);
+    return masked;
+  }
+};
+
+// What all samples share: the number of counts, and the coefficient's logarithm.
+struct CountTotals {
+  double n = 0, coefficient = 0;
+  int kinds = 0;
+  bool in_order = true;
+};
+template <class C>
+CountTotals totals_of(CountReader<C>& r, i64 b, bool coefficient) {
+  CountTotals t;
+  const i64 width = r.a.width();
+  i64 j = 0, end = 0;
+  if (r.a.begins.data) {
+    j = r.begin(b);
+    end = r.begin(b + 1);
+    t.in_order = 0 <= j && j <= end && end <= r.a.x.n0;
+    for (i64 i = j; i < end && t.in_order; ++i) {
+      const i64 least = i > j ? r.column(i - 1) : 0;
+      t.in_order = r.column(i) >= least && r.column(i) < width;
+    }
+    if (!t.in_order) return t;
+  }
+  for (i64 first = 0; first < width; first += kTile) {
+    const int n = tile_width(width, first);
+    r.look(b, first, n);
+    const C* x = r.counts(b, first, n, j, end);
+    t.n += sum_of(n, x);
+    const int kinds = kinds_of_counts(n, x);
+    t.kinds |= kinds;
+    for (int i = 0; i < n && coefficient && (kinds & 2); ++i)
+      if (x[i] != C(0) && x[i] != C(1)) t.coefficient -= log_factorial(x[i]);
+  }
+  if (coefficient) t.coefficient += log_factorial(t.n);
+  return t;
+}
+
+template <class C>
+bool count_rows(const CountRows& a, bool coefficient, C* out, C* normaliser, C* total, int threads) {
+  const i64 width = a.width(), batch = a.batch(), together = a.together();
+  bool outside = false;
+  parallel(threads, a.units(), a.logits.size(), [&](i64 begin, i64 end) {
+    CountReader<C> r(a);
+    for (i64 unit = begin; unit < end; ++unit) {
+      const i64 b = unit % batch;
+      const CountTotals t = totals_of(r, b, coefficient);
+      if (unit < batch) total[b] = static_cast<C>(t.n);
+      if (!t.in_order || (t.kinds & 1)) {
+        __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
+        return;
+      }
+      for (i64 k = 0; k < together; ++k) {
+        const i64 row = unit + k * batch;
+        LogSum<C> sum;
+        double product = 0, before = 0;  // relative to the largest logit so far
+        i64 j = a.begins.data ? r.begin(b) : 0;
+        const i64 last = a.begins.data ? r.begin(b + 1) : 0;
+        for (i64 first = 0; first < width && t.n != 0; first += kTile) {
+          const int n = tile_width(width, first);
+          r.look(b, first, n);
+          const C *s = r.logits(row, first, n), old = shift_of(sum.top);
+          sum.add(n, s);
+          const C shift = shift_of(sum.top);
+          if (before != 0) product += before * (static_cast<double>(old) - static_cast<double>(shift));
+          const C* x = r.counts(b, first, n, j, last);
+          product += sum_of_products(n, shift, x, s);
+          before += sum_of(n, x);
+        }
+        normaliser[row] = static_cast<C>(t.n != 0 ? sum.value() : 0.0);
+        out[row] = static_cast<C>(t.n != 0 ? product - t.n * __builtin_log(sum.sum) + t.coefficient : 0.0);
+      }
+    }
+  });
+  return !outside;
+}
+
+template <class C>
+void count_rows_backward(const CountRows& a, const Tensor& grad, const C* normaliser, const C* total,
+                         address to, int threads) {
+  const i64 width = a.width(), batch = a.batch(), together = a.together();
+  const Storage<C>& kind = storage<C>(a.logits.dtype);
+  parallel(threads, a.units(), a.logits.size(), [&](i64 begin, i64 end) {
+    CountReader<C> r(a);
+    C results[kBuffer];
+    for (i64 unit = begin; unit < end; ++unit) {
+      const i64 b = unit % batch;
+      for (i64 k = 0; k < together; ++k) {
+        const i64 row = unit + k * batch;
+        const C g = pointer<const C>(grad.data)[row * grad.s0], gn = g * total[b];
+        i64 j = a.begins.data ? r.begin(b) : 0;
+        const i64 last = a.begins.data ? r.begin(b + 1) : 0;
+        for (i64 first = 0; first < width; first += kTile) {
+          const int n = tile_width(width, first);
+          const address place = to + static_cast<address>((row * width + first) * kind.size);
+          C* out = kind.in_place ? pointer<C>(place) : results;
+          if (total[b] == C(0)) {
+            fill(out, C(0), n);
+          } else {
+            r.look(b, first, n);
+            const C* s = r.logits(row, first, n);
+            count_gradients(n, g, gn, normaliser[row], r.counts(b, first, n, j, last), s, out);
+            if (r.seen) where_seen(n, r.seen, C(0), out, out);
+          }
+          if (out == results) kind.store(place, results, n);
+        }
+      }
+    }
+  });
+}
+
+// @param out (N), normaliser (N), total (B): of compute type, that is double if `wide`, contiguous; results.
+// Returns false for negative counts, or columns of a sparse x that do not ascend in [0, X).
+inline bool multinomial_log_prob(Tensor x, Tensor begins, Tensor columns, Tensor mask, Tensor logits,
+                                 bool coefficient, bool wide, Output out, Output normaliser, Output total,
+                                 int threads) {
+  const CountRows a{x, begins, columns, mask, logits};
+  const auto run = [&](auto zero) {
+    using C = decltype(zero);
+    return count_rows<C>(a, coefficient, pointer<C>(out), pointer<C>(normaliser), pointer<C>(total), threads);
+  };
+  return wide ? run(double()) : run(float());
+}
+// @param grad (N) of compute type. The result is contiguous, in the storage type of the logits.
+inline void multinomial_log_prob_backward(Tensor grad, Tensor normaliser, Tensor total, Tensor x,
+                                          Tensor begins, Tensor columns, Tensor mask, Tensor logits,
+                                          bool wide, Output to, int threads) {
+  const CountRows a{x, begins, columns, mask, logits};
+  const auto run = [&](auto zero) {
+    using C = decltype(zero);
+    count_rows_backward<C>(a, grad, pointer<const C>(normaliser.data), pointer<const C>(total.data), to,
+                           threads);
+  };
+  wide ? run(double()) : run(float());
+}
+
+}  // namespace FASTVAE_ISA
+}  // namespace fastvae
+
+#endif
