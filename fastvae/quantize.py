@@ -20,8 +20,8 @@ from .core.checks import (
     may_look,
     shape_of,
 )
-from .ops.codebook import nearest_code
 from .ops.categorical import categorical_log_prob
+from .ops.codebook import nearest_code
 
 __all__ = ["Quantized", "VectorQuantizer"]
 

@@ -27,7 +27,7 @@ class _Place(NamedTuple):
 
     name: str
     likelihood: Likelihood
-    index: int
+    column: int
     first: int
     width: int
 
@@ -55,7 +55,7 @@ class _Group:
     def __init__(self, places: list[_Place], weight: float):
         self.places, self.weight = places, weight
         self.likelihood = places[0].likelihood
-        self.data = _Selection([p.index for p in places])
+        self.data = _Selection([p.column for p in places])
         self._numbers: dict[tuple[torch.device, torch.dtype], tuple[float | Tensor, ...]] = {}
         if isinstance(self.likelihood, Categorical):
             self.outputs = [_Selection([p.first + c for p in places for c in range(p.width)])]
@@ -98,15 +98,20 @@ class _Group:
         key = output.device, dtype
         if key in self._numbers:
             return self._numbers[key]
-        each = [p.likelihood._given(x[:, :1]) for p in self.places]  # type: ignore[attr-defined]
+        each = [p.likelihood._given(x[:, :1]) for p in self.places if isinstance(p.likelihood, Declared)]
+        fixed = all(isinstance(v, float) for values in each for v in values)
         made: list[float | Tensor] = []
         for values in zip(*each, strict=True):
             if all(isinstance(v, float) and v == values[0] for v in values):
                 made.append(values[0])
                 continue
+            if fixed:
+                with torch.inference_mode(False):
+                    made.append(torch.tensor(values, dtype=dtype, device=output.device))
+                continue
             row = [torch.as_tensor(v, dtype=dtype, device=output.device).reshape(()) for v in values]
             made.append(torch.stack(row))
-        if all(isinstance(v, float) for values in each for v in values):
+        if fixed and all(type(v) in (float, Tensor) for v in made) and not torch.compiler.is_compiling():
             self._numbers[key] = tuple(made)
         return tuple(made)
 
@@ -190,7 +195,7 @@ class Columns(Likelihood):
         for place in self._places:
             if type(place.likelihood).check not in (Declared.check, Likelihood.check):
                 place.likelihood.check(
-                    x[:, place.index : place.index + 1], f"column {place.name!r} of {name}"
+                    x[:, place.column : place.column + 1], f"column {place.name!r} of {name}"
                 )
 
     def log_likelihood(
@@ -300,7 +305,7 @@ def _settings(place: _Place) -> Hashable:
     """Return what the columns of a group have in common."""
     part = place.likelihood
     if isinstance(part, Declared) and type(part).log_likelihood is not Declared.log_likelihood:
-        return place.index  # reads x in its own way
+        return place.column  # reads x in its own way
     own = {
         n: v
         for n, v in vars(part).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.nested import Conditioning
+from ..ops.categorical import column_rows
 from .base import Likelihood, describe
+from .categorical import Categorical
 from .columns import read_weights
 from .read import as_likelihood
 
@@ -91,11 +94,31 @@ class Joint(Likelihood):
     ) -> Tensor:
         self._matched(parameters, "the decoder's output")
         total: Any = 0
+        classes: dict[tuple[Any, ...], list[str]] = {}
         for name, part in self._each():
             own = None if conditioning is None else conditioning.part(name)
+            if _is_column(part, x[name], own):
+                key = self.weights[name], part.ignore_index, part.probs, x[name].dtype
+                classes.setdefault(key, []).append(name)
+                continue
             value = part.log_likelihood(x[name], parameters[name], samples, own)
-            total = total + (value if self.weights[name] == 1 else value * self.weights[name])
+            total = total + _times(value, self.weights[name])
+        for (weight, *_), names in classes.items():
+            total = total + _times(self._columns(names, x, parameters, samples), weight)
         return total  # type: ignore[no-any-return]
+
+    def _columns(self, names: list[str], x: Any, parameters: Any, samples: int) -> Tensor:
+        """Return the sum of log p [K, B] of parts that are one class for each example, by one op."""
+        first: Any = self.parts[names[0]]
+        if len(names) == 1:
+            return first.log_likelihood(x[names[0]], parameters[names[0]], samples)  # type: ignore[no-any-return]
+        logits = [parameters[name] for name in names]
+        for name, value in zip(names, logits, strict=True):
+            first._check(x[name], value, samples)
+        begins = tuple(itertools.accumulate((value.shape[1] for value in logits), initial=0))
+        data, row = torch.stack([x[name] for name in names], 1), torch.cat(logits, 1)
+        value = column_rows(data, begins, first._logits(row), first.ignore_index)
+        return value.reshape(samples, len(data))
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:
         """Return log p(x|z) [N] of N rows.
@@ -128,3 +151,19 @@ class Joint(Likelihood):
         if missing or more:
             what = [f"{n!r} is missing" for n in missing] + [f"{n!r} is not one of them" for n in more]
             raise ValueError(f"{name} must be {expected}; {', '.join(what)}")
+
+
+def _is_column(part: Likelihood, x: Any, conditioning: Conditioning | None) -> bool:
+    """Return True for a class of each example that a table's op evaluates."""
+    return (
+        isinstance(part, Categorical)
+        and type(part).log_likelihood is Categorical.log_likelihood
+        and type(part).log_prob is Categorical.log_prob
+        and conditioning is None
+        and isinstance(x, Tensor)
+        and x.dim() == 1
+    )
+
+
+def _times(value: Tensor, weight: float) -> Tensor:
+    return value if weight == 1 else value * weight

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core import backend as _backend
-from ..core.checks import check_choice, check_data, check_same_device, check_tensor, may_look, shape_of
+from ..core.checks import check_data, check_same_device, check_tensor, may_look, shape_of
 from ._contract import Contract
 from .likelihood import result_dtype
 from .op import Op
@@ -158,9 +158,24 @@ def column_rows(x: Tensor, begins: tuple[int, ...], logits: Tensor, ignore_index
     return _categorical_log_prob(x, table, logits, True, ignore_index)[0]
 
 
-@functools.lru_cache(256)
+_tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+_MOST_TABLES = 256
+
+
 def _table(begins: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(begins, device=device)
+    """Return begins as a tensor, from a cache of those already on the device."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(begins, device=device)
+    found = _tables.get((begins, device))
+    if found is not None:
+        return found
+    with torch.inference_mode(False):
+        found = torch.tensor(begins, device=device)
+    if type(found) is Tensor:  # not of a fake mode, which ends
+        if len(_tables) >= _MOST_TABLES:
+            _tables.clear()
+        _tables[begins, device] = found
+    return found
 
 
 def categorical_rows(x: Tensor, logits: Tensor, ignore_index: int, axis: int = 1) -> Tensor:
@@ -170,19 +185,22 @@ def categorical_rows(x: Tensor, logits: Tensor, ignore_index: int, axis: int = 1
     # The C++ checks in the pass that reads the data.
     if not torch.compiler.is_compiling() and not (x.is_cpu and _backend.on_cpu() == "native"):
         check_classes(x, logits.shape[axis], ignore_index)
-    if not last and event == 1:
-        logits, last = logits.reshape(rows, 1, logits.shape[1]), True
-    elif not last and logits.stride(1) == 1 and logits.shape[1] > 1:
+    x = x if x.dim() == 2 else x.reshape(batch, event)
+    if event == 1 and logits.dim() == 2:
+        # A table of one column: a view of the logits would cost as much as the kernel.
+        begins = _table((0, logits.shape[1]), logits.device)
+        return _categorical_log_prob(x, begins, logits, True, ignore_index)[0]
+    if not last and logits.stride(1) == 1 and logits.shape[1] > 1:
         logits, last = logits.movedim(1, -1), True
     shape = (rows, event, logits.shape[-1]) if last else (rows, logits.shape[1], event)
     if logits.shape != shape:
         logits = logits.reshape(shape)
-    x = x if x.dim() == 2 else x.reshape(batch, event)
     return _categorical_log_prob(x, None, logits, last, ignore_index)[0]
 
 
 def check_axis(axis: int) -> None:
-    check_choice("axis", axis, AXES)
+    if isinstance(axis, bool) or axis not in AXES:
+        raise ValueError(f"axis must be 1, the axis after the batch's, or -1, the last; got {axis!r}")
 
 
 def categorical_log_prob(x: Tensor, logits: Tensor, ignore_index: int = -100, *, axis: int = 1) -> Tensor:
@@ -221,9 +239,9 @@ def categorical_log_prob(x: Tensor, logits: Tensor, ignore_index: int = -100, *,
             f"logits has shape {shape_of(logits)} and x {shape_of(x)}; expected [..., B, {order}] and [B, "
             f"*event]{classes_hint(x, logits.flatten(0, lead) if lead > 0 else logits, axis)}"
         )
-    rows = (
-        logits if lead == 0 else logits.reshape(logits.shape[: lead + 1].numel(), *logits.shape[lead + 1 :])
-    )
+    if lead == 0:
+        return categorical_rows(x, logits, ignore_index, axis)
+    rows = logits.reshape(logits.shape[: lead + 1].numel(), *logits.shape[lead + 1 :])
     return categorical_rows(x, rows, ignore_index, axis).reshape(logits.shape[: lead + 1])
 
 
