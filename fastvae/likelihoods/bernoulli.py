@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from .declared import Declared
 from .natural import check_flag, logits_of
@@ -44,6 +45,7 @@ class Bernoulli(Declared):
 
     name = "bernoulli"
     outputs = ("logits",)
+    family = td.Bernoulli
     low, high = 0.0, 1.0
     reads, option = "logits", "probs"
     hint = (
@@ -62,6 +64,9 @@ class Bernoulli(Declared):
 
     def extra_repr(self) -> str:
         return "probs=True" if self.probs else ""
+
+    def parameters_of(self, d: Any) -> Any:
+        return d.logits
 
     @staticmethod
     def value(x: Tensor, logits: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from ..core.checks import as_int, check_data, check_same_device, check_tensor, may_look, shape_of, signed
-from ..core.nested import Conditioning, repeat
+from ..core.nested import Conditioning, all_tensors, repeat
 from ..ops.components import categorical_rows, check_classes
-from .base import NAMED, Likelihood, describe
+from .base import NAMED, Likelihood
 from .natural import check_flag, log_of
+from .outputs import describe
 
 _SHARES = "probabilities", "logits"
 
@@ -50,6 +52,7 @@ class Categorical(Likelihood):
     takes_integers = True
     differentiable = False
     reads, option = "class logits", "probs"
+    family = td.Categorical
 
     def __init__(self, ignore_index: int = -100, *, probs: bool = False):
         super().__init__()
@@ -81,24 +84,36 @@ class Categorical(Likelihood):
             parameters: the decoder's output [N, C, *event].
         """
         x = x if x.is_floating_point() else x.long()
-        parameters = self._logits(parameters)
+        parameters = self._logits(self.read(parameters, x))
         self._check(x, parameters, 1)
         check_classes(x, parameters.shape[1], self.ignore_index)
         counts = x != self.ignore_index
         index = torch.where(counts, x, 0).long()[:, None]
         return torch.where(counts, parameters.log_softmax(1).gather(1, index)[:, 0], 0.0)
 
-    def mean(self, parameters: Tensor) -> Tensor:
+    def mean(self, parameters: Any) -> Tensor:
         """Return the expected class index [N, *event]: meaningful for levels, not for unordered classes."""
-        numbers = torch.arange(parameters.shape[1], device=parameters.device, dtype=parameters.dtype)
-        shares: Tensor = self._logits(parameters).softmax(1).to(parameters.dtype)
-        return (shares * numbers.reshape(-1, *[1] * (parameters.dim() - 2))).sum(1)
+        parameters = self.read(parameters)
+        dtype, logits = all_tensors(parameters)[0].dtype, self._logits(parameters)
+        numbers = torch.arange(logits.shape[1], device=logits.device, dtype=dtype)
+        shares: Tensor = logits.softmax(1).to(dtype)
+        return (shares * numbers.reshape(-1, *[1] * (logits.dim() - 2))).sum(1)
 
-    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw classes [N, *event], int64."""
-        rows = self._logits(parameters).float().softmax(1).movedim(1, -1)
+        rows = self._logits(self.read(parameters)).float().softmax(1).movedim(1, -1)
         drawn = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator)
         return drawn.reshape(rows.shape[:-1])
+
+    @property
+    def expected_names(self) -> tuple[str, ...]:
+        """Name of the tensor that the decoder returns; none if a subclass overrides log_prob."""
+        if type(self).log_prob is not Categorical.log_prob:
+            return ()
+        return ("probs",) if self.probs else ("logits",)
+
+    def parameters_of(self, d: Any) -> Any:
+        return d.logits.movedim(-1, 1)
 
     def _check(self, x: Tensor, logits: Any, samples: int) -> None:
         if not isinstance(logits, Tensor):
@@ -153,6 +168,7 @@ class Multinomial(Likelihood):
     takes_integers = True
     differentiable = False
     reads, option, counts = "event logits", "probs", True
+    family = td.Multinomial
 
     def __init__(self, *, probs: bool = False):
         super().__init__()
@@ -199,18 +215,36 @@ class Multinomial(Likelihood):
             x: counts [N, *event].
             parameters: the decoder's output [N, *event].
         """
-        return self.log_likelihood(x, parameters, 1)[0]
+        return self.log_likelihood(x, self.read(parameters, x), 1)[0]
 
-    def mean(self, parameters: Tensor) -> Tensor:
+    def mean(self, parameters: Any) -> Tensor:
         """Return the expected shares of the classes [N, *event], which sum to 1; times n they are counts."""
-        shares: Tensor = self._logits(parameters).flatten(1).softmax(1)
-        return shares.reshape(parameters.shape).to(parameters.dtype)
+        parameters = self.read(parameters)
+        dtype, logits = all_tensors(parameters)[0].dtype, self._logits(parameters)
+        shares: Tensor = logits.flatten(1).softmax(1)
+        return shares.reshape(logits.shape).to(dtype)
 
-    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw one class per row, one-hot [N, *event]: the model does not include n."""
-        rows = self._logits(parameters).float().flatten(1).softmax(1)
+        logits = self._logits(self.read(parameters))
+        rows = logits.float().flatten(1).softmax(1)
         drawn = torch.multinomial(rows, 1, generator=generator)
-        return torch.zeros_like(rows).scatter_(1, drawn, 1.0).reshape(parameters.shape)
+        return torch.zeros_like(rows).scatter_(1, drawn, 1.0).reshape(logits.shape)
+
+    @property
+    def expected_names(self) -> tuple[str, ...]:
+        """Name of the tensor that the decoder returns; none if a subclass overrides log_prob."""
+        if type(self).log_prob is not Multinomial.log_prob:
+            return ()
+        return ("probs",) if self.probs else ("logits",)
+
+    def parameters_of(self, d: Any) -> Any:
+        if d.logits.dim() != 2:
+            raise ValueError(
+                f"the decoder returned Multinomials of batch shape {list(d.batch_shape)}, but a multinomial "
+                "likelihood is one distribution over the whole event; expected the batch shape [N]"
+            )
+        return d.logits
 
     def _read(self, x: Tensor, logits: Any, samples: int) -> Tensor:
         if not isinstance(logits, Tensor):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
+from .outputs import log_of_positive
 from .scaled import Scaled, normal_like
 
 # Subclasses by the name that ``scale=`` accepts.
@@ -56,6 +58,7 @@ class Gaussian(Scaled):
 
     name = "gaussian"
     outputs = ("mean", "logvar")
+    family: ClassVar[type[td.Distribution] | None] = td.Normal
     own_parameters = {"scale": "a standard deviation"}
 
     def __new__(cls, scale: Any = None, **options: Any) -> Gaussian:
@@ -68,6 +71,9 @@ class Gaussian(Scaled):
                 )
             cls = NAMED_SCALES[scale]
         return super().__new__(cls)
+
+    def parameters_of(self, d: Any) -> tuple[Tensor, ...]:
+        return d.loc, 2 * log_of_positive(d.scale)
 
     @staticmethod
     def value(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:

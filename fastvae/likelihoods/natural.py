@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ from ..ops.op import accumulator
 LEAST_LOG, LEAST_VARIANCE = -100.0, 1e-12
 # Probabilities and rates are clamped to at least this in the slope of their logarithm.
 LEAST = 1e-30
+
+
+class Natural(NamedTuple):
+    """Logits or log rates that need no conversion, though the likelihood converts a tensor."""
+
+    value: Tensor
 
 
 class _Logarithm(torch.autograd.Function):
@@ -49,6 +55,8 @@ class _Logarithm(torch.autograd.Function):
 
 def logits_of(probs: Any, owner: str) -> Any:
     """Return the logits of independent probabilities."""
+    if type(probs) is Natural:
+        return probs.value
     if not _is_numbers(probs):
         return probs
     _check(probs, 1.0, owner, "probabilities in [0, 1]", "logits")
@@ -57,6 +65,8 @@ def logits_of(probs: Any, owner: str) -> Any:
 
 def log_of(values: Any, owner: str, what: str, instead: str) -> Any:
     """Return the logarithms of rates, or of probabilities up to a common factor."""
+    if type(values) is Natural:
+        return values.value
     if not _is_numbers(values):
         return values
     _check(values, float("inf"), owner, f"{what} at or above 0", instead)

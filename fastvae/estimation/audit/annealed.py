@@ -293,9 +293,7 @@ def bdmc(
         own = own if latent is None else flat_prior(own, latent, n)
         made_by = torch.Generator(like.device).manual_seed(int(seed) % 2**63)
         z = draw_prior(own, n, dim, like.device, made_by).to(like.dtype)
-        x = likelihood.sample(
-            likelihood.multiplied_out(decoded(decoder, z, context, latent)), generator=made_by
-        )
+        x = likelihood.sample(likelihood.read(decoded(decoder, z, context, latent)), generator=made_by)
         q = as_posterior(called("encoder", encoder, x, context))
         inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(None, None, context))
         _check_repeatable(inputs, seed)
