@@ -10,7 +10,7 @@ from torch import distributions as td
 from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
 from ..core.torch_private import standard_gamma
 from .declared import Declared
-from .outputs import log_of_positive
+from .natural import log_of_positive
 
 # Largest log concentration a: float32 represents both exp(a) and exp(-a).
 _MOST = 80.0

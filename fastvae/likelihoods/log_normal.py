@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from .outputs import log_of_positive
+from .natural import log_of_positive
 from .scaled import Scaled, normal_like
 
 

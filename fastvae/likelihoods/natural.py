@@ -53,6 +53,38 @@ class _Logarithm(torch.autograd.Function):
         return grad.to(p.dtype), None
 
 
+class _LogOfPositive(torch.autograd.Function):
+    """Function log p, unbounded, in at least float32; a zero gradient stays zero, even if p is 0 or NaN."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor) -> Tensor:
+        return p.to(accumulator(p.dtype)).log()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (p,) = ctx.saved_tensors
+        return torch.where(grad == 0, grad, grad / p.to(grad.dtype)).to(p.dtype)
+
+
+def log_of_positive(value: Tensor) -> Tensor:
+    """Return the logarithm of a positive parameter of a torch.distributions object, in at least float32.
+
+    These objects broadcast their parameters: an axis along which a number was expanded is computed once.
+    """
+    narrow = value
+    for axis, stride in enumerate(value.stride()):
+        if stride == 0 and value.shape[axis] > 1:
+            narrow = narrow.narrow(axis, 0, 1)
+    log: Tensor = _LogOfPositive.apply(narrow)  # type: ignore[no-untyped-call]
+    return log.expand(value.shape)
+
+
 def logits_of(probs: Any, owner: str) -> Any:
     """Return the logits of independent probabilities."""
     if type(probs) is Natural:

@@ -10,7 +10,7 @@ from torch import distributions as td
 
 from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
 from ..core.torch_private import standard_gamma
-from .outputs import log_of_positive
+from .natural import log_of_positive
 from .scaled import OwnParameter, Scaled
 
 # Clamps: the log inverse dispersion, and other exponents, near the end of float32's range.

@@ -11,7 +11,6 @@ from torch import distributions as td
 from ..core.checks import shape_of
 from ..core.deferred import LastLayer
 from ..distributions.base import Distribution
-from ..ops.op import accumulator
 from .natural import Natural
 
 if TYPE_CHECKING:
@@ -222,18 +221,6 @@ def _likelihood_of(d: td.Distribution) -> str:
     from .base import NAMED
 
     return "".join(f"likelihood={name!r}, or " for name, kind in NAMED.items() if _is_of(d, kind.family))
-
-
-def log_of_positive(value: Tensor) -> Tensor:
-    """Return the logarithm of a positive parameter, in at least float32.
-
-    Axes along which a number was expanded are computed once: torch distributions broadcast their parameters.
-    """
-    shape, narrow = value.shape, value
-    for axis, stride in enumerate(value.stride()):
-        if stride == 0 and shape[axis] > 1:
-            narrow = narrow.narrow(axis, 0, 1)
-    return narrow.to(accumulator(value.dtype)).log().expand(shape)
 
 
 def describe(value: Any) -> str:

@@ -10,8 +10,7 @@ from torch import distributions as td
 
 from ..core.special import expm1_minus
 from .declared import Declared
-from .natural import check_flag, log_of
-from .outputs import log_of_positive
+from .natural import check_flag, log_of, log_of_positive
 
 
 class Poisson(Declared):

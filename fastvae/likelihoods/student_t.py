@@ -11,7 +11,7 @@ from torch import distributions as td
 
 from ..core.special import half_step, half_step_slope, log1p_excess, log1p_square
 from ..core.torch_private import standard_gamma
-from .outputs import log_of_positive
+from .natural import log_of_positive
 from .scaled import OwnParameter, Scaled, normal_like
 
 
