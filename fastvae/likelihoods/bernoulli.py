@@ -25,7 +25,8 @@ class Bernoulli(Declared):
     certainty contributes 0. With the upstream gradient :math:`g_k`:
     :math:`\bar l_{ki} = g_k (x_i - σ(l_{ki}))` and :math:`\bar x_i = \sum_k g_k l_{ki}`.
 
-    The op is ``fastvae.ops.bernoulli_log_prob(x, logits)``.
+    The op is ``fastvae.ops.bernoulli_log_prob(x, logits)``. Of a ``torch.distributions.Bernoulli(probs)`` the
+    logits are those that torch computes, from probabilities clamped to the dtype's resolution.
 
     Args:
         probs: the decoder returns probabilities (it ends in a sigmoid). They are converted to logits
