@@ -25,7 +25,7 @@ from .estimation.log_marginal import log_marginal as _log_marginal
 from .estimation.log_marginal import reconstruction_log_prob as _reconstruction_log_prob
 from .estimation.weights import LogMarginal
 from .inputs.functions import as_registered
-from .inputs.last_layer import may_end_in_a_layer, run_to_last_layer
+from .inputs.last_layer import called_by, may_end_in_a_layer, run_to_last_layer
 from .inputs.misread import look_at_structure
 from .inputs.modules import check_modules, is_known
 from .likelihoods.base import Likelihood
@@ -126,7 +126,9 @@ class VAE(nn.Module):
                 raise TypeError(f"{name} must be a module or another callable, got {type(value).__name__}")
             setattr(self, name, as_registered(name, value, self, reached, VAE))
         self.likelihood = as_likelihood(likelihood)
-        look_at_structure(self.decoder, self.likelihood)
+        # Another module may return a distribution, for which an activation is right: its first call tells.
+        if isinstance(called_by(self.decoder), nn.Sequential):
+            look_at_structure(self.decoder, self.likelihood)
         if isinstance(prior, td.Distribution) and any(t.requires_grad for t in tensors_of(prior)):
             raise TypeError(
                 f"prior is a torch.distributions.{type(prior).__name__} with learned parameters, which a "
@@ -334,7 +336,7 @@ class VAE(nn.Module):
         _, parameters = simulate(
             self.decoder, self.prior, n, self._known_latent_dim(), context, reference, generator
         )
-        parameters = self.likelihood.multiplied_out(parameters)
+        parameters = self.likelihood.read(parameters)
         if mean:
             return self.likelihood.mean(parameters)
         return self.likelihood.sample(parameters, generator=generator)
@@ -406,7 +408,7 @@ class VAE(nn.Module):
 
     def _decode(self, z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:
         returned = decoded(self.decoder, z, context, latent)
-        return self.likelihood.multiplied_out(returned)
+        return self.likelihood.read(returned)
 
     def _meaning(self) -> dict[str, Any]:
         return {"likelihood": self.likelihood, "prior": self.prior}

@@ -28,7 +28,7 @@ from fastvae.estimation.audit.annealing import Annealing, Settings, simulate
 from fastvae.estimation.evaluation.audit import Sample
 from fastvae.estimation.stream import Chunks
 from fastvae.inputs.batch import Inputs
-from fastvae.likelihoods import Gaussian, Joint, NegativeBinomial
+from fastvae.likelihoods import Gaussian, Joint, NegativeBinomial, Poisson
 
 from .conftest import DEVICE
 from .models import LinearGaussian, evaluate_parts, generator, networks, rand, randn, seed_of
@@ -545,8 +545,9 @@ def test_bdmc_requires_sampling_from_the_model():
         fastvae.audit.bdmc(encoder, decoder, latent_dim=0, likelihood="bernoulli")
 
 
+@pytest.mark.parametrize("likelihood", ["poisson", Poisson(rate=True)])
 @torch.no_grad()
-def test_simulated_data_use_the_size_factors_and_context_of_a_batch():
+def test_simulated_data_use_the_size_factors_and_context_of_a_batch(likelihood):
     """Simulated data use the batch's size factors and context; unobserved elements stay as they are."""
     n = 4000
     x = torch.full((n, X), math.nan, device=DEVICE)
@@ -555,10 +556,11 @@ def test_simulated_data_use_the_size_factors_and_context_of_a_batch():
     x = torch.where(mask, 0.0, x)
 
     def decoder(z, context):
-        return 0.3 * z[:, :1] + context.expand(-1, X)
+        log_rate = 0.3 * z[:, :1] + context.expand(-1, X)
+        return log_rate if likelihood == "poisson" else log_rate.exp()
 
     q = torch.zeros(n, 2 * D, device=DEVICE)
-    inputs = Inputs.read(x, q, decoder, "poisson", None, Conditioning(mask, size, context))
+    inputs = Inputs.read(x, q, decoder, likelihood, None, Conditioning(mask, size, context))
     z, made = simulate(inputs, D, torch.float32, generator(1))
     assert made.shape == x.shape
     assert bool((made.isnan() == ~mask).all())

@@ -48,14 +48,21 @@ _INSTEAD = {
     "alpha": "fastvae.bound(x, q, decoder, fastvae.bounds.IWAE(alpha=0.5), k=50) has powers of the weights",
     "encoder": "fastvae.bound has q_objective=, the bound that trains q",
 }
+# Names of losses, and the likelihoods whose negative logarithms they are.
+LOSSES = {
+    "bce": "bernoulli", "bce_loss": "bernoulli", "binary_cross_entropy": "bernoulli",
+    "bce_with_logits": "bernoulli", "binary_cross_entropy_with_logits": "bernoulli",
+    "mse": "gaussian", "mse_loss": "gaussian", "l2": "gaussian", "squared_error": "gaussian",
+    "mean_squared_error": "gaussian", "sse": "gaussian",
+    "l1": "laplace", "l1_loss": "laplace", "mae": "laplace", "absolute_error": "laplace",
+    "ce": "categorical", "cross_entropy": "categorical",
+}  # fmt: skip
 # Names of other libraries, and fastvae's equivalents.
 _VALUES = {
-    "bce": "bernoulli", "binary_cross_entropy": "bernoulli", "bce_with_logits": "bernoulli",
-    "binary": "bernoulli", "sigmoid": "bernoulli",
-    "mse": "gaussian", "normal": "gaussian", "l2": "gaussian",
-    "l1": "laplace", "mae": "laplace",
+    **LOSSES,
+    "binary": "bernoulli", "sigmoid": "bernoulli", "normal": "gaussian",
     "nb": "negative_binomial", "zinb": "zero_inflated_negative_binomial",
-    "ce": "categorical", "cross_entropy": "categorical", "softmax": "categorical",
+    "softmax": "categorical",
     "t": "student_t", "cb": "continuous_bernoulli",
     "gauss": "standard_normal", "standard": "standard_normal",
     "vae": "elbo", "iwelbo": "iwae", "btcvae": "beta_tc", "tc": "beta_tc", "nll": "log_marginal",
@@ -64,12 +71,17 @@ _VALUES = {
 }  # fmt: skip
 
 
+def word_of(name: str) -> str:
+    """Return a name in the spelling of fastvae's: lower case, with underscores."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
+
+
 def did_you_mean(came: Any, known: Iterable[str]) -> str:
     """Return "; did you mean 'bernoulli'?" for a name close to a known one, or another library's synonym."""
     if not isinstance(came, str):
         return ""
     known = tuple(known)
-    word = came.strip().lower().replace("-", "_").replace(" ", "_")
+    word = word_of(came)
     ours = next((k for k in known if word in (k, k.replace("_", ""))), None) or _VALUES.get(word)
     if ours not in known and word in ("normal", "gaussian", "gauss"):
         ours = "standard_normal"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from .checks import check_dense, may_look, on_same_device, shape_of
 from .hints import described, explained
@@ -28,12 +29,16 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def all_tensors(value: Any) -> list[Tensor]:
-    """Return all tensors of a decoder's output (nested tuples, lists and dicts)."""
+    """Return all tensors of a decoder's output: nested containers, a distribution, or an object."""
     if isinstance(value, (tuple, list)):
         return [t for part in value for t in all_tensors(part)]
     if isinstance(value, Mapping):
         return [t for part in value.values() for t in all_tensors(part)]
-    return [value] if isinstance(value, Tensor) else []
+    if isinstance(value, td.Distribution):
+        return [t for part in vars(value).values() for t in all_tensors(part)]
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for t in getattr(value, "__dict__", {}).values() if isinstance(t, Tensor)]
 
 
 def repeat(value: Any, samples: int) -> Any:

@@ -60,8 +60,10 @@ def log_marginal(
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
             Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
             are mu, then logvar.
-        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
-            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major: a
+            tensor or a tuple; a mapping or an object that names them, such as the outputs of diffusers and
+            pythae; or a torch.distributions object of the likelihood's family. Shaped latents are passed as
+            [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         k: draws per example. Default 5000.
         k_chunk: draws per chunk, which bounds memory and changes results only by rounding: the noise of draw
             k is the same in any chunk. Default: chunks whose decoder output has about 4 million numbers on a
@@ -160,8 +162,10 @@ def reconstruction_log_prob(
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
             Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
             are mu, then logvar.
-        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
-            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major: a
+            tensor or a tuple; a mapping or an object that names them, such as the outputs of diffusers and
+            pythae; or a torch.distributions object of the likelihood's family. Shaped latents are passed as
+            [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         k: draws per example. Default 100.
         k_chunk: draws per chunk, which bounds memory and changes results only by rounding: the noise of draw
             k is the same in any chunk. Default: chunks whose decoder output has about 4 million numbers on a

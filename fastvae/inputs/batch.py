@@ -126,19 +126,18 @@ class Inputs(NamedTuple):
         if context is None and latent is None:
             return called("decoder", self.decoder, z, None)
         context = None if context is None else repeat(context, samples)
-        returned = decoded(self.decoder, z, context, latent)
-        if latent is not None:
-            self._check_rows(z, returned, samples)
-        return returned
+        return decoded(self.decoder, z, context, latent)
 
-    def read_output(self, z: Tensor, parameters: Any, samples: int) -> Any:
+    def read_output(self, z: Tensor, returned: Any, samples: int) -> Any:
         """Read what the decoder returned for z [K·B, D] as the likelihood takes it."""
-        if type(parameters) is not Tensor:
-            parameters = self.likelihood.read_output(self.x, parameters, samples, self.conditioning)
-        likelihood = self.likelihood
+        likelihood, parameters = self.likelihood, returned
+        if type(returned) is not Tensor:
+            parameters = likelihood.read_output(self.x, returned, samples, self.conditioning)
+        if self.q.latent is not None:
+            self._check_rows(z, parameters, samples)
         looks = (likelihood.reads or likelihood.counts) and not torch.compiler.is_compiling()
         if looks and z.shape[0] and is_new(self.decoder):
-            look(self.decoder, likelihood, self.x, parameters)
+            look(self.decoder, likelihood, self.x, parameters, returned)
         return parameters
 
     def log_likelihood(
@@ -189,7 +188,7 @@ def _is_deferred(returned: Any) -> bool:
     """Return True if a decoder's output has a last layer that is not multiplied out."""
     if type(returned) is LastLayer:
         return True
-    if type(returned) is dict:
+    if isinstance(returned, Mapping):
         return any([_is_deferred(part) for part in returned.values()])
     return type(returned) in (tuple, list) and any([_is_deferred(part) for part in returned])
 

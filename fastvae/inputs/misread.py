@@ -9,6 +9,7 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+from torch import distributions as td
 
 from ..core.checks import is_dense, may_look
 from ..core.torch_private import functorch_is_active
@@ -64,16 +65,20 @@ def look_at_structure(decoder: Any, likelihood: Any) -> bool:
     return True
 
 
-def look(decoder: Any, likelihood: Any, x: Any, outputs: Any) -> None:
-    """Warn about a new decoder, or data, that the likelihood probably misreads."""
+def look(decoder: Any, likelihood: Any, x: Any, outputs: Any, returned: Any) -> None:
+    """Warn about a new decoder, or data, that the likelihood probably misreads.
+
+    ``outputs`` is what the likelihood reads in what the decoder ``returned``.
+    """
     if isinstance(outputs, Mapping) and isinstance(x, Mapping) and hasattr(likelihood, "parts"):
         for name, part in likelihood.parts.items():
-            look(None, part, x[name], outputs[name])
+            look(None, part, x[name], outputs[name], returned[name])
         return
     # Tensors under a transform, and subclasses, may have no values.
     if type(x) is not Tensor or not is_dense(x) or functorch_is_active():
         return
-    if not look_at_structure(decoder, likelihood):
+    # A distribution says what its parameters are.
+    if not isinstance(returned, td.Distribution) and not look_at_structure(decoder, likelihood):
         _look_at_outputs(likelihood, outputs)
     if likelihood.counts and x.is_floating_point() and may_look(x):
         values = x.detach()

@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributions as td
 
-from ..core.checks import as_int64, check_data, check_result, shape_of
+from ..core.checks import as_int64, check_data, check_result
 from ..core.deferred import LastLayer, multiply_out
 from ..core.hints import described, explained, teaches_by
 from ..core.nested import Conditioning, each, repeat, tensors
 from ..ops.head import Layers
 from ..ops.op import accumulator
+from .outputs import by_name
 
 
 class Likelihood(nn.Module):
@@ -43,6 +45,11 @@ class Likelihood(nn.Module):
             ``"logits"``, ``"class logits"`` along axis 1, ``"event logits"`` or ``"log rates"``.
         option: the constructor argument with which the decoder returns probabilities or rates instead.
         counts: x are counts, whole numbers.
+        expected_names: names of the tensors that the decoder returns, in the order of a tuple. Empty for a
+            user-defined likelihood, which gets the decoder's output as it is.
+        optional_names: names of further tensors that the decoder may return.
+        own_names: names of parameters that the likelihood itself has, which the decoder must not return.
+        family: the class of torch.distributions that is read by :meth:`parameters_of`, or None.
     """
 
     takes_integers: ClassVar[bool] = False
@@ -53,6 +60,8 @@ class Likelihood(nn.Module):
     reads: ClassVar[str] = ""
     option: ClassVar[str] = ""
     counts: ClassVar[bool] = False
+    optional_names: ClassVar[tuple[str, ...]] = ()
+    family: ClassVar[type[td.Distribution] | None] = None
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:
         """Return log p(x|z), a floating-point tensor [N, *event].
@@ -117,7 +126,31 @@ class Likelihood(nn.Module):
 
         A last layer stays unmultiplied if a fused op takes it, and is multiplied out otherwise.
         """
-        return self.multiplied_out(parameters, x)
+        return self.read(parameters, x)
+
+    def read(self, parameters: Any, x: Any = None) -> Any:
+        """Return the decoder's output in the form that :meth:`mean` and :meth:`sample` compute with.
+
+        A mapping, an object or a distribution becomes the tensor or the tuple that it names, and a last layer
+        is multiplied out. A user-defined likelihood gets the decoder's output as it is.
+        """
+        return self.multiplied_out(by_name(self, parameters), x)
+
+    @property
+    def expected_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        return ()
+
+    def parameters_of(self, d: Any) -> Any:
+        """Return the parameters [N, *event] of a distribution of the likelihood's family."""
+        raise NotImplementedError
+
+    def completion(self, returned: int) -> str:
+        """Return a hint for a decoder that returns only the first outputs, or ""."""
+        return ""
 
     def multiplied_out(self, parameters: Any, x: Any = None) -> Any:
         """Return the decoder's output with each unmultiplied last layer multiplied out."""
@@ -126,7 +159,7 @@ class Likelihood(nn.Module):
             return outputs[0] if len(outputs) == 1 else outputs
         if type(parameters) in (tuple, list) and any([type(p) is LastLayer for p in parameters]):
             return type(parameters)([self.multiplied_out(p, x) for p in parameters])
-        if type(parameters) is dict and any([type(p) is LastLayer for p in parameters.values()]):
+        if isinstance(parameters, Mapping) and any([type(p) is LastLayer for p in parameters.values()]):
             return {name: self.multiplied_out(p, x) for name, p in parameters.items()}
         return parameters
 
@@ -203,13 +236,3 @@ Fused = tuple[str, Tensor, tuple[Tensor, ...], Tensor | None] | tuple[str, Tenso
 
 # Likelihoods by the name that ``likelihood=`` accepts.
 NAMED: dict[str, type[Likelihood]] = {}
-
-
-def describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {shape_of(value)}"
-    if type(value) is LastLayer:
-        return "the output of a FusedHead"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return type(value).__name__

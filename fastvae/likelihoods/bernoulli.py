@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from .declared import Declared
 from .natural import check_flag, logits_of
@@ -24,7 +25,8 @@ class Bernoulli(Declared):
     certainty contributes 0. With the upstream gradient :math:`g_k`:
     :math:`\bar l_{ki} = g_k (x_i - σ(l_{ki}))` and :math:`\bar x_i = \sum_k g_k l_{ki}`.
 
-    The op is ``fastvae.ops.bernoulli_log_prob(x, logits)``.
+    The op is ``fastvae.ops.bernoulli_log_prob(x, logits)``. Of a ``torch.distributions.Bernoulli(probs)`` the
+    logits are those that torch computes, from probabilities clamped to the dtype's resolution.
 
     Args:
         probs: the decoder returns probabilities (it ends in a sigmoid). They are converted to logits
@@ -44,6 +46,7 @@ class Bernoulli(Declared):
 
     name = "bernoulli"
     outputs = ("logits",)
+    family = td.Bernoulli
     low, high = 0.0, 1.0
     reads, option = "logits", "probs"
     hint = (
@@ -62,6 +65,9 @@ class Bernoulli(Declared):
 
     def extra_repr(self) -> str:
         return "probs=True" if self.probs else ""
+
+    def parameters_of(self, d: Any) -> Any:
+        return d.logits
 
     @staticmethod
     def value(x: Tensor, logits: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """The beta likelihood."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
 from ..core.torch_private import standard_gamma
 from .declared import Declared
+from .natural import log_of_positive
 
 # Largest log concentration a: float32 represents both exp(a) and exp(-a).
 _MOST = 80.0
@@ -56,8 +59,12 @@ class Beta(Declared):
 
     name = "beta"
     outputs = ("log_concentration1", "log_concentration0")
+    family = td.Beta
     low, high, inside = 0.0, 1.0, 0.5
     hint = "scale the data to (0, 1); at the ends themselves the density may be infinite"
+
+    def parameters_of(self, d: Any) -> tuple[Tensor, ...]:
+        return log_of_positive(d.concentration1), log_of_positive(d.concentration0)
 
     @staticmethod
     def value(x: Tensor, log_concentration1: Tensor, log_concentration0: Tensor) -> Tensor:

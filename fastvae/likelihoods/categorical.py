@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from ..core.checks import as_int, check_same_device, check_tensor, shape_of, signed
-from ..core.nested import Conditioning
+from ..core.nested import Conditioning, all_tensors
 from ..ops.categorical import categorical_rows, check_axis, check_classes, classes_hint
-from .base import NAMED, Likelihood, describe
+from .base import NAMED, Likelihood
 from .natural import check_flag, log_of
+from .outputs import describe
 
 SHARES = "probabilities", "logits"
 
@@ -55,6 +57,7 @@ class Categorical(Likelihood):
     takes_integers = True
     differentiable = False
     reads, option = "class logits", "probs"
+    family = td.Categorical
 
     def __init__(self, ignore_index: int = -100, *, axis: int = 1, probs: bool = False):
         super().__init__()
@@ -88,7 +91,7 @@ class Categorical(Likelihood):
             parameters: the decoder's output [N, C, *event], or [N, *event, C] for ``axis=-1``.
         """
         x = x if x.is_floating_point() else x.long()
-        parameters = self._logits(parameters)
+        parameters = self._logits(self.read(parameters, x))
         self._check(x, parameters, 1)
         check_classes(x, parameters.shape[self.axis], self.ignore_index)
         counts = x != self.ignore_index
@@ -96,17 +99,29 @@ class Categorical(Likelihood):
         log_p = parameters.log_softmax(self.axis).gather(self.axis, index).squeeze(self.axis)
         return torch.where(counts, log_p, 0.0)
 
-    def mean(self, parameters: Tensor) -> Tensor:
+    def mean(self, parameters: Any) -> Tensor:
         """Return the expected class index [N, *event]: meaningful for levels, not for unordered classes."""
-        numbers = torch.arange(parameters.shape[self.axis], device=parameters.device, dtype=parameters.dtype)
-        shares: Tensor = self._logits(parameters).softmax(self.axis).to(parameters.dtype)
+        parameters = self.read(parameters)
+        dtype, logits = all_tensors(parameters)[0].dtype, self._logits(parameters)
+        numbers = torch.arange(logits.shape[self.axis], device=logits.device, dtype=dtype)
+        shares: Tensor = logits.softmax(self.axis).to(dtype)
         return shares.movedim(self.axis, -1) @ numbers
 
-    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw classes [N, *event], int64."""
-        rows = self._logits(parameters).float().softmax(self.axis).movedim(self.axis, -1)
+        rows = self._logits(self.read(parameters)).float().softmax(self.axis).movedim(self.axis, -1)
         drawn = torch.multinomial(rows.reshape(-1, rows.shape[-1]), 1, generator=generator)
         return drawn.reshape(rows.shape[:-1])
+
+    @property
+    def expected_names(self) -> tuple[str, ...]:
+        """Name of the tensor that the decoder returns; none if a subclass overrides log_prob."""
+        if type(self).log_prob is not Categorical.log_prob:
+            return ()
+        return ("probs",) if self.probs else ("logits",)
+
+    def parameters_of(self, d: Any) -> Any:
+        return d.logits if self.axis == -1 else d.logits.movedim(-1, 1)
 
     def _check(self, x: Tensor, logits: Any, samples: int) -> None:
         if not isinstance(logits, Tensor):

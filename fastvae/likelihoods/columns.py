@@ -13,10 +13,11 @@ from ..core.checks import check_data, check_same_device, check_tensor, shape_of
 from ..core.nested import Conditioning
 from ..ops.categorical import Classes, column_rows
 from ..ops.op import accumulator
-from .base import Likelihood, describe
+from .base import Likelihood
 from .categorical import Categorical
 from .declared import Declared
 from .optimal_gaussian import OptimalGaussian
+from .outputs import describe
 from .read import as_likelihood
 
 Column = tuple[str, str | Likelihood] | tuple[str, str | Likelihood, int]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from ..core.special import log_sinhc, log_sinhc_slope
 from .declared import Declared
@@ -52,6 +53,7 @@ class ContinuousBernoulli(Declared):
 
     name = "continuous_bernoulli"
     outputs = ("logits",)
+    family = td.ContinuousBernoulli
     low, high = 0.0, 1.0
     reads, option = "logits", "probs"
     hint = "for images scaled to [-1, 1] use (x + 1) / 2, and for bytes x / 255"
@@ -67,6 +69,9 @@ class ContinuousBernoulli(Declared):
 
     def extra_repr(self) -> str:
         return "probs=True" if self.probs else ""
+
+    def parameters_of(self, d: Any) -> Any:
+        return d.logits
 
     @staticmethod
     def value(x: Tensor, logits: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from ..core.nested import Conditioning, repeat
 from ..ops.head import Layers, linear_rows, pays
 from ..ops.likelihood import check_support, flat_mask
 from ..ops.op import accumulator
-from .base import NAMED, Fused, Likelihood, describe
+from .base import NAMED, Fused, Likelihood
+from .outputs import KNOWN, by_name, describe
 
 DECLARED: dict[str, type[Declared]] = {}
 # Shared instances for calls by name: creating a module costs more than the kernels of a small batch.
@@ -52,6 +53,7 @@ class Declared(Likelihood):
     draw: ClassVar[Callable[..., Tensor]]
     _bounded: ClassVar[bool]
     converts: ClassVar[bool] = False
+    _holds: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -60,6 +62,7 @@ class Declared(Likelihood):
             ops.declare(cls)
             DECLARED[cls.name] = NAMED[cls.name] = cls
             SHARED[cls.name] = cls()
+            KNOWN.update(dict.fromkeys(cls.outputs))
 
     def check(self, x: Any, name: str = "x") -> None:
         """Validate that x is one tensor of the declared kind."""
@@ -78,7 +81,7 @@ class Declared(Likelihood):
             x: data [N, *event].
             parameters: the decoder's output for N rows of z.
         """
-        parameters = self._natural(self.multiplied_out(parameters, x))
+        parameters = self._natural(self.read(parameters, x))
         return self._elements(x, parameters)
 
     def log_likelihood(
@@ -134,6 +137,7 @@ class Declared(Likelihood):
 
     def mean(self, parameters: Any) -> Tensor:
         """Return the mean of x [N, *event], in the dtype of the first output."""
+        parameters = self.read(parameters)
         return type(self).mean_of(*self._complete(parameters)).to(_dtype_of(parameters))
 
     def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
@@ -141,12 +145,13 @@ class Declared(Likelihood):
 
         Counts are float32 (float64 for float64 outputs), since half precision represents few integers.
         """
+        parameters = self.read(parameters)
         drawn = type(self).draw(*self._complete(parameters), generator=generator)
         return drawn if self.takes_size else drawn.to(_dtype_of(parameters))
 
     def _complete(self, parameters: Any) -> list[Tensor]:
         """Return all outputs, including the likelihood's own, each expanded to [N, *event]."""
-        parameters = self._natural(self.multiplied_out(parameters))
+        parameters = self._natural(parameters)
         first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
         if not isinstance(first, Tensor):
             raise self._wrong_output(parameters)
@@ -207,6 +212,7 @@ class Declared(Likelihood):
     def read_output(
         self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
     ) -> Any:
+        parameters = by_name(self, parameters)
         if type(parameters) is LastLayer:
             layers = self._layers(x, parameters, samples, conditioning)
             if layers is not None:
@@ -252,6 +258,21 @@ class Declared(Likelihood):
                 bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
         own = [None if row is None else row.reshape(-1) for row in rows]
         return Layers(h, weight, bias, *own, *[None] * (2 - len(own)))
+
+    @property
+    def expected_names(self) -> tuple[str, ...]:
+        """Names of the tensors that the decoder returns; none if a subclass overrides log_prob."""
+        if not self.is_declared:
+            return ()
+        return (self.option,) if self.converts else self._returned(len(self._holds) + len(self.constants))
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """Names of the outputs that the likelihood itself has."""
+        if self.converts:
+            return ()
+        others = (*self.expected_names, *self.constants)
+        return tuple([name for name in self.outputs if name not in others])
 
     def _returned(self, own: int) -> tuple[str, ...]:
         """Return the names of the decoder's outputs if the likelihood itself has ``own`` outputs."""

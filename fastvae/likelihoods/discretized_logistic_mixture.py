@@ -11,7 +11,8 @@ from ..core.checks import check_count, check_data, check_same_device, check_tens
 from ..core.logistic_cells import cell_log_prob, coupled
 from ..core.nested import Conditioning
 from ..ops.components import mixture_rows
-from .base import NAMED, Likelihood, describe
+from .base import NAMED, Likelihood
+from .outputs import describe
 
 _OUTPUTS = ("logits", "location", "log_scale", "coefficients")
 
@@ -59,6 +60,7 @@ class DiscretizedLogisticMixture(Likelihood):
 
     takes_integers = True
     differentiable = False
+    optional_names = _OUTPUTS[3:]
 
     def __init__(self, levels: int = 256, *, low: float = 0.0, high: float = 1.0):
         super().__init__()
@@ -96,7 +98,7 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         """Return log p [N] of each row."""
-        return self.log_likelihood(x, parameters, 1)[0]
+        return self.log_likelihood(x, self.read(parameters, x), 1)[0]
 
     def mean(self, parameters: Any) -> Tensor:
         r"""Return the weighted mean of the components' locations, clipped to [low, high].
@@ -124,6 +126,11 @@ class DiscretizedLogisticMixture(Likelihood):
             return torch.log(first / second)
 
         return self._along(parameters, choose, noise)
+
+    @property
+    def expected_names(self) -> tuple[str, ...]:
+        """Names of the tensors that the decoder returns; none if a subclass overrides log_prob."""
+        return _OUTPUTS[:3] if type(self).log_prob is DiscretizedLogisticMixture.log_prob else ()
 
     @property
     def _half(self) -> float:
@@ -193,7 +200,7 @@ class DiscretizedLogisticMixture(Likelihood):
     def _along(self, parameters: Any, choose: Any, noise: Any) -> Tensor:
         """Generate x channel by channel; ``choose`` reduces components, ``noise`` is None for the mean."""
         logits, location, log_scale, *coefficients = [p.to(torch.promote_types(p.dtype, torch.float32))
-                                                      for p in parameters]  # fmt: skip
+                                                      for p in self.read(parameters)]  # fmt: skip
         one = location.dim() == logits.dim()
         if one:
             location, log_scale = location.unsqueeze(2), log_scale.unsqueeze(2)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
+from .natural import log_of_positive
 from .scaled import Scaled, normal_like
 
 # Subclasses by the name that ``scale=`` accepts.
@@ -30,6 +32,18 @@ class Gaussian(Scaled):
 
     The op is ``fastvae.ops.gaussian_log_prob(x, mean, logvar)``.
 
+    A ``torch.distributions.Normal(loc, scale)`` is read as (loc, 2 log scale).
+
+    **Squared errors.** The negative ELBO [B], F, is a usual loss with a squared error
+    :math:`E = \sum_i (x_i - m_i)^2` of P numbers, up to constants, which the log-likelihood keeps:
+
+    - half the sum, :math:`½ E + \mathrm{KL}`: ``Gaussian(scale=1.0)``, :math:`F - \tfrac P2 \log 2π`;
+    - the sum, :math:`E + \mathrm{KL}`: ``Gaussian(scale=0.5**0.5)``, :math:`F - \tfrac P2 \log π`;
+    - the mean with a weight, :math:`E / P + w\, \mathrm{KL}`: ``Gaussian(scale=0.5**0.5)`` with
+      ``beta=w * P``, :math:`(F - \tfrac P2 \log π) / P`. For a KL averaged over D latents divide w by D.
+
+    So the mean squared error with a KL of weight 1 is a β-VAE with :math:`β = P`.
+
     Args:
         scale: standard deviation s > 0: a number, a tensor broadcastable to the event, or a tensor that a
             network computed. Default: the decoder returns the log variance, too. ``"softplus"``: the decoder
@@ -43,7 +57,7 @@ class Gaussian(Scaled):
         TypeError, ValueError: if scale is not positive, or is an ``nn.Parameter``.
 
     Example:
-        >>> import torch, fastvae
+        >>> import math, torch, fastvae
         >>> likelihood = fastvae.likelihoods.Gaussian(scale=0.1, learned=True)
         >>> likelihood.log_prob(torch.zeros(4, 7), torch.zeros(4, 7)).shape
         torch.Size([4, 7])
@@ -52,10 +66,39 @@ class Gaussian(Scaled):
         >>> x, mean = torch.zeros(4, 3, 8, 8), torch.zeros(50, 4, 3, 8, 8)
         >>> fastvae.ops.gaussian_log_prob(x, mean, 0.0).shape
         torch.Size([50, 4])
+
+        The three losses with squared errors have the gradients of these bounds:
+
+        >>> x, decoder = torch.randn(4, 7), torch.nn.Linear(3, 7)
+        >>> mu, logvar = torch.randn(2, 4, 3, requires_grad=True)
+        >>> kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1).mean()
+        >>> def error(terms):
+        ...     return (x - terms.output).square()
+        >>> def same(one, other):
+        ...     wrt = mu, logvar, *decoder.parameters()
+        ...     pairs = zip(*[torch.autograd.grad(f, wrt, retain_graph=True) for f in (one, other)])
+        ...     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
+        >>> def elbo(scale, beta=1.0):
+        ...     likelihood = fastvae.likelihoods.Gaussian(scale=scale)
+        ...     return fastvae.elbo(x, (mu, logvar), decoder, likelihood=likelihood, beta=beta, terms=True)
+        >>> terms = elbo(scale=1.0)
+        >>> same(-terms.bound.mean(), 0.5 * error(terms).sum(1).mean() + kl)
+        True
+        >>> terms = elbo(scale=0.5**0.5)
+        >>> same(-terms.bound.mean(), error(terms).sum(1).mean() + kl)
+        True
+        >>> w, p = 0.25, 7
+        >>> terms = elbo(scale=0.5**0.5, beta=w * p)
+        >>> loss = (-terms.bound.mean() - p / 2 * math.log(math.pi)) / p
+        >>> same(loss, error(terms).mean() + w * kl), torch.allclose(
+        ...     loss, error(terms).mean() + w * kl, rtol=1e-4
+        ... )
+        (True, True)
     """
 
     name = "gaussian"
     outputs = ("mean", "logvar")
+    family: ClassVar[type[td.Distribution] | None] = td.Normal
     own_parameters = {"scale": "a standard deviation"}
 
     def __new__(cls, scale: Any = None, **options: Any) -> Gaussian:
@@ -68,6 +111,9 @@ class Gaussian(Scaled):
                 )
             cls = NAMED_SCALES[scale]
         return super().__new__(cls)
+
+    def parameters_of(self, d: Any) -> tuple[Tensor, ...]:
+        return d.loc, 2 * log_of_positive(d.scale)
 
     @staticmethod
     def value(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:

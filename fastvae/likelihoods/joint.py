@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from ..core.nested import Conditioning
 from ..ops.categorical import column_rows
-from .base import Likelihood, describe
+from .base import Likelihood
 from .categorical import Categorical
 from .columns import read_weights
+from .outputs import describe
 from .read import as_likelihood
 
 
 class Joint(Likelihood):
     r"""Joint likelihood p(x|z) of several parts, independent given z.
 
-    x is a dict of tensors, and the decoder returns a dict of each part's parameters, by the same names.
+    x is a dict of tensors, and the decoder returns a dict of each part's parameters, by the same names: a
+    tensor, a tuple, or any other form that the part's likelihood reads.
 
     .. math:: \log p(x|z_k) = \sum_{\text{parts } j} w_j \log p_j(x_j|z_k)
 
@@ -83,6 +85,11 @@ class Joint(Likelihood):
             own = None if conditioning is None else conditioning.part(name)
             returned[name] = part.read_output(x[name], parameters[name], samples, own)
         return returned
+
+    def read(self, parameters: Any, x: Any = None) -> Any:
+        self._matched(parameters, "the decoder's output")
+        parts = {} if x is None else x
+        return {n: part.read(parameters[n], parts.get(n)) for n, part in self._each()}
 
     def multiplied_out(self, parameters: Any, x: Any = None) -> Any:
         self._matched(parameters, "the decoder's output")

@@ -1,10 +1,13 @@
 """The Laplace likelihood."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
+from .natural import log_of_positive
 from .scaled import Scaled, exponential_like
 
 
@@ -44,8 +47,12 @@ class Laplace(Scaled):
     """
 
     name = "laplace"
+    family = td.Laplace
     outputs = ("location", "log_scale")
     own_parameters = {"scale": "the mean distance from the location"}
+
+    def parameters_of(self, d: Any) -> tuple[Tensor, ...]:
+        return d.loc, log_of_positive(d.scale)
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:

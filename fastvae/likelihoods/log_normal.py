@@ -1,10 +1,13 @@
 """The log-normal likelihood."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
+from .natural import log_of_positive
 from .scaled import Scaled, normal_like
 
 
@@ -47,9 +50,13 @@ class LogNormal(Scaled):
 
     name = "log_normal"
     outputs = ("location", "log_scale")
+    family = td.LogNormal
     low, inside = 0.0, 1.0
     hint = "pass the positive data themselves, not their logarithms"
     own_parameters = {"scale": "the standard deviation of log x"}
+
+    def parameters_of(self, d: Any) -> tuple[Tensor, ...]:
+        return d.loc, log_of_positive(d.scale)
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from ..core.checks import check_same_device, check_tensor, shape_of
-from ..core.nested import Conditioning
+from ..core.nested import Conditioning, all_tensors
 from ..ops.multinomial import check_counts, multinomial_rows
-from .base import NAMED, Likelihood, describe
+from .base import NAMED, Likelihood
 from .categorical import SHARES
 from .natural import check_flag, log_of
+from .outputs import describe
 
 
 class Multinomial(Likelihood):
@@ -50,6 +52,7 @@ class Multinomial(Likelihood):
     differentiable = False
     reads, option, counts = "event logits", "probs", True
 
+    family = td.Multinomial
     takes_sparse = True
 
     def __init__(self, *, coefficient: bool = True, probs: bool = False):
@@ -88,18 +91,36 @@ class Multinomial(Likelihood):
             x: counts [N, *event].
             parameters: the decoder's output [N, *event].
         """
-        return self.log_likelihood(x, parameters, 1)[0]
+        return self.log_likelihood(x, self.read(parameters, x), 1)[0]
 
-    def mean(self, parameters: Tensor) -> Tensor:
+    def mean(self, parameters: Any) -> Tensor:
         """Return the expected shares of the classes [N, *event], which sum to 1; times n they are counts."""
-        shares: Tensor = self._logits(parameters).flatten(1).softmax(1)
-        return shares.reshape(parameters.shape).to(parameters.dtype)
+        parameters = self.read(parameters)
+        dtype, logits = all_tensors(parameters)[0].dtype, self._logits(parameters)
+        shares: Tensor = logits.flatten(1).softmax(1)
+        return shares.reshape(logits.shape).to(dtype)
 
-    def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw one class per row, one-hot [N, *event]: the model does not include n."""
-        rows = self._logits(parameters).float().flatten(1).softmax(1)
+        logits = self._logits(self.read(parameters))
+        rows = logits.float().flatten(1).softmax(1)
         drawn = torch.multinomial(rows, 1, generator=generator)
-        return torch.zeros_like(rows).scatter_(1, drawn, 1.0).reshape(parameters.shape)
+        return torch.zeros_like(rows).scatter_(1, drawn, 1.0).reshape(logits.shape)
+
+    @property
+    def expected_names(self) -> tuple[str, ...]:
+        """Name of the tensor that the decoder returns; none if a subclass overrides log_prob."""
+        if type(self).log_prob is not Multinomial.log_prob:
+            return ()
+        return ("probs",) if self.probs else ("logits",)
+
+    def parameters_of(self, d: Any) -> Any:
+        if d.logits.dim() != 2:
+            raise ValueError(
+                f"the decoder returned Multinomials of batch shape {list(d.batch_shape)}, but a multinomial "
+                "likelihood is one distribution over the whole event; expected the batch shape [N]"
+            )
+        return d.logits
 
     def _check(self, x: Tensor, logits: Any, samples: int) -> None:
         if not isinstance(logits, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ from ..ops.op import accumulator
 LEAST_LOG, LEAST_VARIANCE = -100.0, 1e-12
 # Probabilities and rates are clamped to at least this in the slope of their logarithm.
 LEAST = 1e-30
+
+
+class Natural(NamedTuple):
+    """Logits or log rates that need no conversion, though the likelihood converts a tensor."""
+
+    value: Tensor
 
 
 class _Logarithm(torch.autograd.Function):
@@ -47,8 +53,42 @@ class _Logarithm(torch.autograd.Function):
         return grad.to(p.dtype), None
 
 
+class _LogOfPositive(torch.autograd.Function):
+    """Function log p, unbounded, in at least float32; a zero gradient stays zero, even if p is 0 or NaN."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor) -> Tensor:
+        return p.to(accumulator(p.dtype)).log()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (p,) = ctx.saved_tensors
+        return torch.where(grad == 0, grad, grad / p.to(grad.dtype)).to(p.dtype)
+
+
+def log_of_positive(value: Tensor) -> Tensor:
+    """Return the logarithm of a positive parameter of a torch.distributions object, in at least float32.
+
+    These objects broadcast their parameters: an axis along which a number was expanded is computed once.
+    """
+    narrow = value
+    for axis, stride in enumerate(value.stride()):
+        if stride == 0 and value.shape[axis] > 1:
+            narrow = narrow.narrow(axis, 0, 1)
+    log: Tensor = _LogOfPositive.apply(narrow)  # type: ignore[no-untyped-call]
+    return log.expand(value.shape)
+
+
 def logits_of(probs: Any, owner: str) -> Any:
     """Return the logits of independent probabilities."""
+    if type(probs) is Natural:
+        return probs.value
     if not _is_numbers(probs):
         return probs
     _check(probs, 1.0, owner, "probabilities in [0, 1]", "logits")
@@ -57,6 +97,8 @@ def logits_of(probs: Any, owner: str) -> Any:
 
 def log_of(values: Any, owner: str, what: str, instead: str) -> Any:
     """Return the logarithms of rates, or of probabilities up to a common factor."""
+    if type(values) is Natural:
+        return values.value
     if not _is_numbers(values):
         return values
     _check(values, float("inf"), owner, f"{what} at or above 0", instead)

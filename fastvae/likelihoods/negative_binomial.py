@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch import distributions as td
 
 from ..core.special import digamma_excess, expm1_minus, log1p_rest, stirling_error
 from ..core.torch_private import standard_gamma
+from .natural import log_of_positive
 from .scaled import OwnParameter, Scaled
 
 # Clamps: the log inverse dispersion, and other exponents, near the end of float32's range.
@@ -88,6 +92,12 @@ class NegativeBinomial(Overdispersed):
 
     name = "negative_binomial"
     outputs = ("log_mean", "log_inverse_dispersion")
+    family = td.NegativeBinomial
+
+    def parameters_of(self, d: Any) -> tuple[Tensor, ...]:
+        # The total count is the inverse dispersion, and the odds are the mean over it.
+        log_inverse_dispersion = log_of_positive(d.total_count)
+        return log_inverse_dispersion + d.logits, log_inverse_dispersion
 
     @staticmethod
     def value(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> Tensor:

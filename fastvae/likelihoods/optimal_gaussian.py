@@ -13,8 +13,9 @@ from torch import Tensor
 from ..core.deferred import LastLayer
 from ..core.nested import Conditioning
 from ..ops.op import accumulator
-from .base import Fused, describe
+from .base import Fused
 from .gaussian import NAMED_SCALES, Gaussian
+from .outputs import describe
 
 
 class OptimalGaussian(Gaussian):

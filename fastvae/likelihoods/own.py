@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from ..core.checks import as_int64, shape_of
-from .base import Likelihood, describe
+from .base import Likelihood
+from .outputs import describe
 
 
 class TorchLikelihood(Likelihood):

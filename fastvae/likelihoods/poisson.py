@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from ..core.special import expm1_minus
 from .declared import Declared
-from .natural import check_flag, log_of
+from .natural import check_flag, log_of, log_of_positive
 
 
 class Poisson(Declared):
@@ -42,6 +43,7 @@ class Poisson(Declared):
 
     name = "poisson"
     outputs = ("log_rate",)
+    family = td.Poisson
     low = 0.0
     takes_integers = takes_size = True
     differentiable = False
@@ -59,6 +61,9 @@ class Poisson(Declared):
 
     def extra_repr(self) -> str:
         return "rate=True" if self.rate else ""
+
+    def parameters_of(self, d: Any) -> Tensor:
+        return log_of_positive(d.rate)
 
     @staticmethod
     def value(x: Tensor, log_rate: Tensor) -> Tensor:

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.hints import did_you_mean
+from ..core.hints import LOSSES, did_you_mean, word_of
 from .base import NAMED, Likelihood
 from .declared import SHARED
+
+# What the losses of core/hints.py are, by their likelihoods.
+_LOSSES = {
+    "gaussian": (
+        "A squared error is a Gaussian likelihood of fixed scale: half the sum is "
+        "fastvae.likelihoods.Gaussian(scale=1.0), the sum Gaussian(scale=0.5**0.5), and a mean of P numbers "
+        "the latter with beta=w * P for a KL of weight w; the class's docstring has the formulas"
+    ),
+    "bernoulli": (
+        "A sum of binary cross-entropies is minus its log-likelihood, of logits, or of probabilities with "
+        "fastvae.likelihoods.Bernoulli(probs=True)"
+    ),
+    "categorical": "A sum of cross-entropies is minus its log-likelihood, of logits [N, C, *event]",
+    "laplace": (
+        "A sum of absolute errors is minus the log-likelihood of fastvae.likelihoods.Laplace(scale=1.0), but "
+        "for log 2 an element"
+    ),
+}
+
+
+def _loss(name: str) -> str:
+    """Explain which likelihood a loss of this name is, or return ""."""
+    likelihood = LOSSES.get(word_of(name))
+    return "" if likelihood is None else f" {_LOSSES[likelihood]}"
 
 
 def _hint(likelihood: Any) -> str:
@@ -40,5 +64,6 @@ def as_likelihood(likelihood: Any, shared: bool = False) -> Likelihood:
     if likelihood not in NAMED:
         raise ValueError(
             f"likelihood={likelihood!r} is unknown; known: {known}{did_you_mean(likelihood, NAMED)}"
+            f"{_loss(likelihood)}"
         )
     return NAMED[likelihood]()

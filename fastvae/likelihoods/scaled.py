@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_same_device, check_tensor, shape_of
-from .base import describe
 from .declared import DECLARED, Declared
+from .outputs import describe
 
 OwnParameter = float | Tensor | None
 
@@ -37,7 +37,7 @@ class Scaled(Declared):
 
     def __init__(self, scale: OwnParameter = None, *, learned: bool = False):
         super().__init__()
-        self._holds: tuple[str, ...] = ()
+        self._holds = ()
         self._set_parameter(next(iter(self.own_parameters)), scale, learned)
 
     def _set_parameter(self, name: str, value: OwnParameter, learned: bool) -> None:
@@ -112,15 +112,9 @@ class Scaled(Declared):
         every, first = ", ".join(returned_all), self.outputs[0]
         if not self._holds:
             returned = 1 if isinstance(came, Tensor) else len(came) if isinstance(came, (tuple, list)) else 0
-            missing = list(self.own_parameters)[returned - 1 :] if 0 < returned < len(returned_all) else []
-            give = " and ".join(f"{name}, {self.own_parameters[name]}" for name in missing)
-            hint = (
-                f"; for {'a ' + first if returned == 1 else 'these'} alone, give {give}: "
-                f"likelihood={self._example(missing)}"
-            )
             return TypeError(
                 f"the decoder of a {self.name.replace('_', ' ')} likelihood must return ({every}), got "
-                f"{describe(came)}{hint if missing else ''}"
+                f"{describe(came)}{self.completion(returned)}"
             )
         left = self._returned(len(self._holds) + len(self.constants))
         must = f"the {first} alone, a tensor" if len(left) == 1 else f"({', '.join(left)})"
@@ -130,6 +124,14 @@ class Scaled(Declared):
             f"decoder that returns ({every}) use likelihood={self.name!r}, without "
             f"{' and '.join(f'a {name}' for name in self._holds)}"
         )
+
+    def completion(self, returned: int) -> str:
+        if self._holds or not 0 < returned < len(self._returned(len(self.constants))):
+            return ""
+        missing = list(self.own_parameters)[returned - 1 :]
+        give = " and ".join(f"{name}, {self.own_parameters[name]}" for name in missing)
+        alone = f"a {self.outputs[0]}" if returned == 1 else "these"
+        return f"; for {alone} alone, give {give}: likelihood={self._example(missing)}"
 
     def _example(self, names: list[str], more: str = "") -> str:
         """Return the constructor call that sets these parameters, for error messages."""

@@ -51,6 +51,7 @@ class SoftplusGaussian(Gaussian):
     name = "softplus_gaussian"
     outputs = ("mean", "raw", "log_floor")  # type: ignore[assignment]
     constants = ("log_floor",)
+    family = None  # its scale is no softplus
 
     def __init__(
         self,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributions as td
 
 from ..core.special import half_step, half_step_slope, log1p_excess, log1p_square
 from ..core.torch_private import standard_gamma
+from .natural import log_of_positive
 from .scaled import OwnParameter, Scaled, normal_like
 
 
@@ -60,9 +63,13 @@ class StudentT(Scaled):
 
     name = "student_t"
     outputs = ("location", "log_scale", "log_df")
+    family = td.StudentT
     own_parameters = {"scale": "a scale", "df": "the degrees of freedom"}
 
     log_df: nn.Parameter
+
+    def parameters_of(self, d: Any) -> tuple[Tensor, ...]:
+        return d.loc, log_of_positive(d.scale), log_of_positive(d.df)
 
     @staticmethod
     def value(x: Tensor, location: Tensor, log_scale: Tensor, log_df: Tensor) -> Tensor:

@@ -103,8 +103,10 @@ def beta_tc(
             Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
             are mu, then logvar. It must be normal, with a diagonal, full or low-rank covariance. Processes
             that split a batch mix the posteriors of their rows only.
-        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
-            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major: a
+            tensor or a tuple; a mapping or an object that names them, such as the outputs of diffusers and
+            pythae; or a torch.distributions object of the likelihood's family. Shaped latents are passed as
+            [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         beta: weight of the total correlation, a number or a tensor, [] or [B]. Default 6.
         alpha: weight of the mutual information of x and z, like beta. Default 1.
         gamma: weight of the dimensions' KL to the prior, like beta. Default 1.

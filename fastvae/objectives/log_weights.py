@@ -59,8 +59,10 @@ def log_weights(
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
             Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
             are mu, then logvar.
-        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
-            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major: a
+            tensor or a tuple; a mapping or an object that names them, such as the outputs of diffusers and
+            pythae; or a torch.distributions object of the likelihood's family. Shaped latents are passed as
+            [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``.
         k: draws per example.
         likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
             logits), another name of :mod:`fastvae.likelihoods`, an object such as

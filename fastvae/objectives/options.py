@@ -30,8 +30,9 @@ class Terms:
         kl: KL(q(z|x) ‖ p(z)) without its weight, or the mean of log q(z|x) − log p(z) over the draws, [B].
         z: draws from q(z|x), [K, B, D] or [K, B, C, H, W], in the dtype that the decoder gets. Those of a
             :class:`fastvae.distributions.Mixture` take turns between its components, whatever their weights.
-        output: what the decoder returned for ``z``, K·B rows, sample-major. The last layer is never fused
-            with ``terms=True``; the record of a :class:`fastvae.FusedHead` is replaced by its outputs.
+        output: what the decoder returned for ``z``, K·B rows, sample-major: the tensor, mapping, object or
+            distribution itself. The last layer is never fused with ``terms=True``; the record of a
+            :class:`fastvae.FusedHead` is replaced by its outputs.
     """
 
     bound: Tensor

@@ -93,7 +93,7 @@ def sleep(
     like = torch.empty((), device=device, dtype=dtype)
     with torch.no_grad():
         z, parameters = simulate(decoder, prior, n, latent_dim, context, like, generator)
-        x = likelihood.sample(likelihood.multiplied_out(parameters), generator=generator)
+        x = likelihood.sample(likelihood.read(parameters), generator=generator)
     q = as_posterior(called("encoder", encoder, x, context))
     if q.batch != n:
         raise ValueError(f"the encoder returned a q of {q.batch} rows for x of n = {n} rows")

@@ -42,9 +42,9 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
 
     Args:
         x: data [B, \*event].
-        parameters: the decoder's output for z [K, D]: a tensor [K, \*event], or a tuple of them; those after
-            the first may also be a row [\*event] or a number. On a GPU, where they are not checked, they must
-            be finite.
+        parameters: the decoder's output for z [K, D], in any form that :func:`fastvae.elbo` reads, such as a
+            tensor [K, \*event], or a tuple of them; those of a tuple after the first may also be a row
+            [\*event] or a number. On a GPU, where they are not checked, they must be finite.
         likelihood: a name or an object, as in :func:`fastvae.elbo`.
 
     Returns:
@@ -62,6 +62,9 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
         >>> (pairs.logsumexp(0) - math.log(len(z))).shape  # log p(x), with no encoder
         torch.Size([4])
     """
+    if isinstance(likelihood, str) and likelihood in DECLARED and not _is_plain(parameters):
+        kind: Any = DECLARED[likelihood]
+        likelihood = kind()  # which reads parameters by name
     if isinstance(likelihood, str) and likelihood in DECLARED:
         if type(parameters) is LastLayer:
             parameters = multiply_out(parameters, parameters.event or tuple(x.shape[1:]))
@@ -73,7 +76,7 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
                 f"{len(outputs)} of them"
             )
     elif hasattr(likelihood, "log_likelihood"):
-        parameters = likelihood.multiplied_out(parameters, x)
+        parameters = likelihood.read(parameters, x)
         found = likelihood.all_outputs(x, parameters)
         if found is None:
             return _by_tiles(x, parameters, lambda part, rows, k: likelihood.log_likelihood(part, rows, k))
@@ -84,6 +87,10 @@ def all_pairs_log_prob(x: Tensor, parameters: Any, *, likelihood: Any = "bernoul
             f"likelihood={likelihood!r} is unknown here; give a likelihood object, or of {known}"
         )
     return _declared(name, x, outputs)
+
+
+def _is_plain(parameters: Any) -> bool:
+    return isinstance(parameters, Tensor) or type(parameters) in (tuple, list, LastLayer)
 
 
 def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
@@ -142,7 +149,7 @@ def _by_tiles(x: Any, parameters: Any, function: Callable[..., Tensor], spread: 
     With ``spread`` the parameters have a row for each pair.
     """
     single = isinstance(parameters, Tensor)
-    parts = [parameters] if single else list(parameters)
+    parts, made = [parameters] if single else list(parameters), getattr(parameters, "_make", tuple)
     if not all(isinstance(p, Tensor) and p.dim() and len(p) == len(parts[0]) for p in parts):
         raise TypeError("parameters must be a tensor [K, ...], or a tuple of such")
     batch, count = len(x), len(parts[0])
@@ -155,7 +162,7 @@ def _by_tiles(x: Any, parameters: Any, function: Callable[..., Tensor], spread: 
         samples = len(tile[0])
         if spread:
             tile = tuple(p.repeat_interleave(len(part), 0) for p in tile)
-        return function(part, tile[0] if single else tile, samples)
+        return function(part, tile[0] if single else made(tile), samples)
 
     result = []
     # Run once even if empty: the result then has the usual dtype and graph.

@@ -124,10 +124,11 @@ def ais(
             torch.distributions object [B, D] with rsample; or a :class:`fastvae.distributions.Distribution`.
             Latents may be shaped: [B, C, H, W] in place of [B, D], or a tensor [B, 2 C, H, W] whose channels
             are mu, then logvar. It needs ``log_prob``, as all of fastvae's families have.
-        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major. Shaped
-            latents are passed as [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``. It
-            is called in eval mode, and differentiated by z, not by its parameters. For a function see
-            ``modules``.
+        decoder: maps z [N, D] to the likelihood's parameters, N rows each, with N = k·B, sample-major: a
+            tensor or a tuple; a mapping or an object that names them, such as the outputs of diffusers and
+            pythae; or a torch.distributions object of the likelihood's family. Shaped latents are passed as
+            [N, C, H, W]. With a ``context`` it is called as ``decoder(z, context)``. It is called in eval
+            mode, and differentiated by z, not by its parameters. For a function see ``modules``.
         k: draws per example, each the end of a chain. Default 16.
         steps: T. The decoder is evaluated and differentiated 1.25·K·((T − 1)·leapfrog + 1) times per
             example. Default 200.
@@ -293,9 +294,7 @@ def bdmc(
         own = own if latent is None else flat_prior(own, latent, n)
         made_by = torch.Generator(like.device).manual_seed(int(seed) % 2**63)
         z = draw_prior(own, n, dim, like.device, made_by).to(like.dtype)
-        x = likelihood.sample(
-            likelihood.multiplied_out(decoded(decoder, z, context, latent)), generator=made_by
-        )
+        x = likelihood.sample(likelihood.read(decoded(decoder, z, context, latent)), generator=made_by)
         q = as_posterior(called("encoder", encoder, x, context))
         inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(None, None, context))
         _check_repeatable(inputs, seed)

@@ -29,6 +29,7 @@ from ...inputs.batch import Inputs
 from ...likelihoods.base import Likelihood
 from ...likelihoods.declared import Declared
 from ...likelihoods.joint import Joint
+from ...likelihoods.natural import Natural
 from ...ops.op import accumulator
 from ..stream import Chunks, suppress_out_of_memory
 from ..weights import Weights
@@ -336,7 +337,7 @@ def simulate(inputs: Inputs, dim: int, dtype: torch.dtype, generator: torch.Gene
     mask, size_factor, context = inputs.conditioning or (None, None, None)
     z = draw_prior(inputs.prior, batch, dim, device, generator).to(dtype)
     returned = decoded(inputs.decoder, z, context, inputs.q.latent)
-    parameters = inputs.likelihood.multiplied_out(returned, x)
+    parameters = inputs.likelihood.read(returned, x)
     drawn = inputs.likelihood.sample(
         _sized(inputs.likelihood, parameters, x, size_factor), generator=generator
     )
@@ -356,8 +357,11 @@ def _sized(likelihood: Likelihood, parameters: Any, x: Any, size_factor: Any) ->
         return parameters
     if not isinstance(likelihood, Declared):
         raise likelihood.no_size()
+    parameters = likelihood._natural(parameters)
     parts = parameters if isinstance(parameters, (tuple, list)) else (parameters,)
     found = likelihood._sized(parts, 1, size_factor)
+    if likelihood.converts:
+        return Natural(found[0])
     return found if len(found) > 1 else found[0]
 
 

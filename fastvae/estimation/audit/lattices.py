@@ -145,7 +145,8 @@ def lattice(
     size = max(1, _NUMBERS // max(event_size(xs[0]), *(len(x) for x in xs)))
     reached += [m for f in (decoder, likelihood, prior) for m in modules_of(f)]
     with evaluating(reached):
-        check_repeatable(decoder, lambda: decoder((0.5 * (low + high))[None].to(dtype)))
+        middle = (0.5 * (low + high))[None].to(dtype)
+        check_repeatable(decoder, lambda: likelihood.read(decoder(middle), xs[0]))
         prior = prior.prepared()
         # Log sums of p(x, z) over each coarse lattice, and over the ends.
         sums, at_ends = [], _Sum(xs)
@@ -155,7 +156,7 @@ def lattice(
                 continue
             z = low + (indices + 0.5) * spacing
             log_prior = prior.log_prob(z[None])[0].double()
-            parameters = likelihood.multiplied_out(decoder(z.to(dtype)), xs[0])
+            parameters = likelihood.read(decoder(z.to(dtype)), xs[0])
             is_end = ((indices == 0) | (indices == points - 1)).any(1)
             for i, x in enumerate(xs):
                 joint = ops.all_pairs_log_prob(x, parameters, likelihood=likelihood) + log_prior[:, None]
