@@ -76,3 +76,15 @@ def test_a_fixed_log_variance_gets_no_gradient(backend, shape):
     data, mean, logvar, grad = wide
     expected = grad[..., None] * (data - mean) * torch.exp(-logvar)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_variance_for_each_long_row(backend):
+    """The gradient of a variance that a row shares sums over all tiles of the row."""
+    k, b, size = 2, 3, 2500
+    x, mean = randn(b, size, seed=1), randn(k, b, size, seed=2)
+    logvar = randn(k, b, 1, seed=3).requires_grad_()
+    upstream = randn(k, b, seed=4)
+    (grad,) = torch.autograd.grad((ops.gaussian_log_prob(x, mean, logvar) * upstream).sum(), logvar)
+    wide = (x.double() - mean.double()).square().sum(-1, keepdim=True) * torch.exp(-logvar.detach().double())
+    expected = 0.5 * upstream[..., None].double() * (wide - size)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5 * size)
