@@ -13,23 +13,32 @@ import triton.language as tl
 
 from .aggregate_backward import aggregate_log_prob_backward
 from .aggregate_parts import log_weights, marginal_parts, weighted
-from .common import LAUNCH, PROGRAMS, accumulator, cdiv, load, power_of_two, split_program, triton_dtype
+from .common import (
+    LANES,
+    LAUNCH,
+    PROGRAMS,
+    accumulator,
+    cdiv,
+    load,
+    power_of_two,
+    split_program,
+    triton_dtype,
+)
 from .elementary import exp, log
 from .launching import Call, Result, fixed, planned
 from .logsumexp import finite_shift, merged, next_block
-from .mixture import TILE_D, matrix_strides, prepare, scores, splits_of, tile_of
+from .mixture import THREAD, matrix_strides, prepare, scores, splits_of, tile_of
 
 __all__ = ["aggregate_log_prob", "aggregate_log_prob_backward"]
 
 # Exponentials of a marginal that are added one after the other.
 TERMS = tl.constexpr(64)
-# Minimum elements of a marginals' tile.
-MIN_TILE = 128
+# Of the marginals' tiles: minimum elements; elements of a thread, 16 bytes; and maximum dimensions, fewer
+# than a warp's threads, as for TILE_D.
+MIN_TILE, ELEMENTS, MARGINALS = 128, 4, 16
 
 
-@triton.jit(
-    do_not_specialize=["N", "u_per_program", "dataset_size"], do_not_specialize_on_alignment=["u_splits"]
-)
+@triton.jit(do_not_specialize=["N", "u_tiles", "dataset_size"], do_not_specialize_on_alignment=["u_splits"])
 def aggregate_kernel(
     p_z,  # [N, D]
     p_mean,  # [D, UP]
@@ -42,7 +51,7 @@ def aggregate_kernel(
     U,
     D,
     UP,
-    u_per_program,  # components of one program
+    u_tiles,  # blocks of components of one program
     u_splits,  # programs along the components
     dataset_size,
     stride_z_n,
@@ -58,14 +67,16 @@ def aggregate_kernel(
     """
     i_n, i_split = split_program(u_splits)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    o_own = o_n % U
     b_own, b_next, b_others = log_weights(U, dataset_size, STRATIFIED, DTYPE)
     b_max = tl.full([BLOCK_N, 1], float("-inf"), dtype=DTYPE)
     b_sum = tl.zeros([BLOCK_N, 1], dtype=DTYPE)
-    u_start = i_split * u_per_program
-    for i_u in range(u_start, tl.minimum(u_start + u_per_program, U), BLOCK_U):
+    # Visibly a multiple of BLOCK_U: loads are aligned.
+    u_start = i_split * u_tiles * BLOCK_U
+    for i_u in range(u_start, tl.minimum(u_start + u_tiles * BLOCK_U, U), BLOCK_U):
         o_u = (i_u + tl.arange(0, BLOCK_U)).to(tl.int64)[None, :]  # [1, BLOCK_U]
         b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, UP, stride_z_n, stride_z_d, DTYPE)
-        b_s = weighted(b_s, o_n, o_u, U, b_own, b_next, STRATIFIED) + b_others
+        b_s = weighted(b_s, o_own, o_u, U, b_own, b_next, STRATIFIED) + b_others
         b_max, b_rescale, b_term = next_block(b_s, b_max)
         b_sum = b_sum * b_rescale + tl.sum(b_term, axis=1, keep_dims=True)
     # The maximum drops NaN; the sum keeps it.
@@ -102,6 +113,7 @@ def aggregate_marginals_kernel(
 ):
     """Compute the marginals' log densities; one program per block of rows and dimensions."""
     o_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    o_own = o_n % U
     o_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
     m_d = o_d < D
     mask = (o_n < N) & m_d
@@ -116,7 +128,7 @@ def aggregate_marginals_kernel(
         )
         b_white = (b_z - b_mu) * b_inverse
         b_t = b_constant - 0.5 * (b_white * b_white)
-        b_t = weighted(b_t, o_n, o_u, U, b_own, b_next, STRATIFIED)
+        b_t = weighted(b_t, o_own, o_u, U, b_own, b_next, STRATIFIED)
         # Not tl.max's choice of NaN: a NaN is dropped here, and reaches the sum.
         b_max = tl.where(b_t > b_max, b_t, b_max)
     b_shift = finite_shift(b_max)
@@ -130,7 +142,7 @@ def aggregate_marginals_kernel(
             )
             b_white = (b_z - b_mu) * b_inverse
             b_t = b_constant - 0.5 * (b_white * b_white)
-            b_part += exp(weighted(b_t, o_n, o_u, U, b_own, b_next, STRATIFIED) - b_shift)
+            b_part += exp(weighted(b_t, o_own, o_u, U, b_own, b_next, STRATIFIED) - b_shift)
         b_sum += b_part
     tl.store(p_out + o_n * D + o_d, b_max + (log(b_sum) + b_others), mask=mask)
 
@@ -139,7 +151,8 @@ def aggregate_marginals_kernel(
 def _whole(z, mean, inverse, constant, dataset_size) -> Call:
     (n, d), u = z.shape, len(constant)
     dtype = accumulator(z)
-    block_n, block_u, warps = tile_of(n, u, dtype)
+    # Half of a mixture's scores per thread: with D = 50 and more tiles of components the others spill.
+    block_n, block_u, warps = tile_of(n, u, dtype, THREAD // 2)
     each, splits = splits_of(cdiv(u, block_u), cdiv(n, block_n), 2)
     part = Result((splits, n), dtype) if splits > 1 else None
     return Call(
@@ -147,7 +160,7 @@ def _whole(z, mean, inverse, constant, dataset_size) -> Call:
         (splits * cdiv(n, block_n),),
         (None if splits > 1 else Result((n,), dtype), part, part),
         (
-            *(n, fixed(u), fixed(d), fixed(mean.shape[1]), each * block_u, splits, dataset_size),
+            *(n, fixed(u), fixed(d), fixed(mean.shape[1]), each, splits, dataset_size),
             *matrix_strides(z),
         ),
         {
@@ -165,7 +178,7 @@ def _marginals(z, mu, logvar, scale, dataset_size) -> Call:
     (n, d), u = z.shape, len(mu)
     dtype = accumulator(z)
     launch = LAUNCH["mixture_backward"]
-    block_d = min(power_of_two(d), TILE_D)
+    block_d = min(power_of_two(d), MARGINALS)
     # Fewer rows where programs would be few.
     enough = power_of_two(max(1, n * cdiv(d, block_d) // PROGRAMS))
     block_n = min(power_of_two(n), launch.tile // block_d, max(MIN_TILE // block_d, enough))
@@ -183,7 +196,7 @@ def _marginals(z, mu, logvar, scale, dataset_size) -> Call:
             "BLOCK_N": block_n,
             "BLOCK_D": block_d,
         },
-        launch.warps(dtype),
+        min(launch.warps(dtype), max(1, block_n * block_d // (ELEMENTS * LANES))),
     )
 
 

@@ -55,11 +55,12 @@ def aggregate_shares_kernel(
     """Compute the gradient of the scores of all dimensions together; one program per tile."""
     i_n, i_u = split_program(u_tiles)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    o_own = o_n % U
     o_u = (i_u * BLOCK_U + tl.arange(0, BLOCK_U)).to(tl.int64)[None, :]  # [1, BLOCK_U]
     m_n = o_n < N
     b_own, b_next, b_others = log_weights(U, dataset_size, STRATIFIED, DTYPE)
     b_s = scores(p_z, p_mean, p_inverse, p_constant, o_n, o_u, N, U, D, UP, stride_z_n, stride_z_d, DTYPE)
-    b_s = weighted(b_s, o_n, o_u, U, b_own, b_next, STRATIFIED) + b_others
+    b_s = weighted(b_s, o_own, o_u, U, b_own, b_next, STRATIFIED) + b_others
     b_grad = load(p_grad, o_n * stride_grad, m_n, DTYPE)
     b_log_q = load(p_log_q, o_n * stride_log_q, m_n, DTYPE)
     tl.store(p_share + o_n * UP + o_u, share_of(b_grad, b_s, b_log_q, TINY), mask=m_n)
@@ -103,6 +104,7 @@ def aggregate_rows_kernel(
     """Compute the gradient of z; one program per block of rows and dimensions and split of the components."""
     i_n, i_split = split_program(u_splits)
     o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    o_own = o_n % U
     o_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
     m_n, m_d = o_n < N, o_d < D
     mask = m_n & m_d
@@ -123,7 +125,7 @@ def aggregate_rows_kernel(
         b_r = tl.zeros([BLOCK_N, BLOCK_D], dtype=DTYPE)
         if p_grad is not None:
             b_t = b_constant - 0.5 * (b_white * b_white)
-            b_t = weighted(b_t, o_n, o_u, U, b_own, b_next, STRATIFIED) + b_others
+            b_t = weighted(b_t, o_own, o_u, U, b_own, b_next, STRATIFIED) + b_others
             b_r += share_of(b_grad, b_t, b_log_q, TINY)
         if p_share is not None:
             b_r += tl.load(p_share + o_n * UP + o_u, mask=m_n, other=0.0)  # [BLOCK_N, 1]
@@ -185,6 +187,7 @@ def aggregate_components_kernel(
     n_start = i_split * n_per_program
     for i_n in tl.range(n_start, tl.minimum(n_start + n_per_program, N), loop_unroll_factor=ROWS_UNROLLED):
         o_n = tl.zeros([1, 1], dtype=tl.int64) + i_n
+        o_own = tl.zeros([1, 1], dtype=tl.int32) + i_n % U
         b_z = load(p_z, o_n * stride_z_n + o_d * stride_z_d, m_d, DTYPE)  # [1, BLOCK_D]
         b_white = (b_z - b_mu) * b_inverse
         b_r = tl.zeros([BLOCK_U, BLOCK_D], dtype=DTYPE)
@@ -192,7 +195,7 @@ def aggregate_components_kernel(
             b_grad = load(p_grad, o_n * stride_grad_n + o_d * stride_grad_d, m_d, DTYPE)  # [1, BLOCK_D]
             b_log_q = load(p_log_q, o_n * stride_log_q_n + o_d * stride_log_q_d, m_d, DTYPE)
             b_t = b_constant - 0.5 * (b_white * b_white)
-            b_t = weighted(b_t, o_n, o_u, U, b_own, b_next, STRATIFIED) + b_others
+            b_t = weighted(b_t, o_own, o_u, U, b_own, b_next, STRATIFIED) + b_others
             b_r += share_of(b_grad, b_t, b_log_q, TINY)
         if p_share is not None:
             b_r += tl.load(p_share + o_n * UP + o_u, mask=m_u, other=0.0)  # [BLOCK_U, 1]

@@ -27,11 +27,11 @@ def log_weights(U, dataset_size, STRATIFIED: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def weighted(b_s, o_n, o_u, U, b_own, b_next, STRATIFIED: tl.constexpr):
-    """Add the log weights, less that of the others, to scores of rows o_n and components o_u."""
+def weighted(b_s, o_own, o_u, U, b_own, b_next, STRATIFIED: tl.constexpr):
+    """Add log weights, less that of the others, to scores of components o_u for rows of examples o_own."""
     if STRATIFIED:
-        o_own = o_n % U
-        b_s += tl.where(o_u == o_own, b_own, tl.where(o_u == (o_own + 1) % U, b_next, 0.0))
+        o_next = tl.where(o_own + 1 == U, 0, o_own + 1)
+        b_s += tl.where(o_u == o_own, b_own, tl.where(o_u == o_next, b_next, 0.0))
     return b_s
 
 

@@ -333,11 +333,14 @@ def prepare(mu, logvar, log_weight, need_scale) -> Call:
     )
 
 
-def tile_of(n: int, u: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Return (BLOCK_N, BLOCK_U, warps) of scores: fewer rows where programs would be few, and in float64."""
+def tile_of(n: int, u: int, dtype: torch.dtype, thread: int = THREAD) -> tuple[int, int, int]:
+    """Return (BLOCK_N, BLOCK_U, warps) of scores: fewer rows where programs would be few, and in float64.
+
+    ``thread`` is the maximum number of float32 scores per thread.
+    """
     block_u = _block_u(u)
     warps = max(1, block_u // (4 * LANES))
-    maximum, minimum = (max(1, each * warps * LANES // block_u) for each in (THREAD * 4 // dtype.itemsize, 8))
+    maximum, minimum = (max(1, each * warps * LANES // block_u) for each in (thread * 4 // dtype.itemsize, 8))
     enough = power_of_two(max(1, n * cdiv(u, block_u) // PROGRAMS))
     return min(power_of_two(n), maximum, max(minimum, enough)), block_u, warps
 

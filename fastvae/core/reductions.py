@@ -46,7 +46,7 @@ def without_denormals(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def times(factor: float | Tensor, term: Tensor) -> Tensor:
-    """Return factor times term, where 0 times infinity is 0; the term itself if the factor is the number 1."""
+    """Return factor times term, where 0 times infinity is 0; for the number 1 the term itself."""
     if isinstance(factor, Tensor):
         return torch.where(factor == 0, 0.0, factor * term)
     return torch.zeros_like(term) if factor == 0 else term if factor == 1 else factor * term
