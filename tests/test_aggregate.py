@@ -218,6 +218,20 @@ def test_each_gradient_alone(backend, wanted, result):
         torch.testing.assert_close(one, grads[i], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [0, 30])
+def test_shares_in_pieces_of_rows(monkeypatch, size):
+    """The Triton kernels store the gradients of the scores for some rows at a time."""
+    backward = pytest.importorskip("fastvae.kernels.aggregate_backward")
+    shapes = [(35, 3), (7, 3), (7, 3), (35,), (35, 3)]
+    z, mu, logvar, *grads = (randn(*s, seed=i) for i, s in enumerate(shapes))
+    with fastvae.use_backend("triton"):
+        whole = _run(z, mu, logvar, size, *grads)
+        monkeypatch.setattr(backward, "MAX_SHARES", 10 * 7)
+        pieces = _run(z, mu, logvar, size, *grads)
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_threads_do_not_change_a_bit():
     tensors = [randn(*s, seed=i) for i, s in enumerate([(700, 9), (40, 9), (40, 9)])]
 

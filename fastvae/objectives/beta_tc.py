@@ -205,7 +205,7 @@ def beta_tc(
     if not terms:
         return bound
     kl, *means = means
-    z = inputs.shaped(z, k)  # type: ignore[assignment]
+    z = inputs.shaped(z, k)
     return BetaTCTerms(bound, log_likelihood, kl, z, output, *means)  # type: ignore[arg-type]
 
 
@@ -217,7 +217,7 @@ def _one_ratio(q: Distribution, weights: list[float | Tensor]) -> bool:
     alpha, _, gamma = weights
     if isinstance(alpha, Tensor) or isinstance(gamma, Tensor) or alpha != gamma:
         return False
-    return is_family(q, DiagonalNormal) and q.mu.dtype.itemsize > 2  # type: ignore[attr-defined]
+    return is_family(q, DiagonalNormal) and q.mu.dtype.itemsize > 2
 
 
 def _less(term: Tensor, factor: float | Tensor, part: Tensor) -> Tensor:
