@@ -146,10 +146,11 @@ OF_A_ROW = {
     *(("prepare_kernel", "p_constant"), ("aggregate_kernel", "p_z"), ("aggregate_shares_kernel", "p_z")),
     *(("aggregate_rows_kernel", "p_share"), ("aggregate_components_kernel", "p_share")),
 }
-# Kernels of which a thread of a wavefront of 64 may take two numbers.
+# Kernels of which a thread of a wavefront of 64 may take two numbers, or rows of 50, which allow 8 bytes.
 FEW_LANES = (
     *("mixture_kernel", "mixture_shares_kernel", "mixture_rows_kernel"),
     *("aggregate_kernel", "aggregate_marginals_kernel"),
+    *("aggregate_rows_kernel", "aggregate_components_kernel"),
 )
 # Ten components in two dimensions are fewer numbers than threads.
 FEW_COMPONENTS = "[5000, 10, 2]"
