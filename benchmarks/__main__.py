@@ -26,6 +26,7 @@ MODULES = (
     "likelihood",
     "components",
     "mixture",
+    "aggregate",
     "codebook",
     "logsumexp",
     "reduce",

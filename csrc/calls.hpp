@@ -5,6 +5,7 @@
 // and the call.
 #pragma once
 
+#include "calls/aggregate.hpp"
 #include "calls/normal_full.hpp"
 #include "calls/categorical.hpp"
 #include "calls/multinomial.hpp"

@@ -1,5 +1,6 @@
 // All kernels for one instruction set, FASTVAE_ISA, with vectors of FASTVAE_VECTOR_BYTES. No include guard:
 // targets.hpp includes this file once per instruction set.
+#include "aggregate.hpp"
 #include "normal_full.hpp"
 #include "categorical.hpp"
 #include "multinomial.hpp"

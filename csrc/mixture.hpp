@@ -26,19 +26,21 @@ constexpr i64 kParts = 16, kMostParts = 64, kBytesOfParts = i64{1} << 24;
 // Squares that are added one after the other.
 constexpr i64 kSquares = 128;
 
-// Packed inputs of the kernels, block by block: for each dimension means and inverse scales side by side,
-// then constants. Padding components have zero weight.
+// Packed inputs of the kernels, block by block: for each dimension means, inverse scales and, if asked for,
+// the dimension's constants side by side, then constants. Padding components have zero weight.
 template <class C>
 struct Components {
   static constexpr i64 kMost = 1024 / static_cast<i64>(sizeof(C)), kPad = 64 / static_cast<i64>(sizeof(C));
-  const i64 count, dims, blocks, width, pitch;
+  const i64 count, dims, blocks, width;
+  const bool each;  // constants of each dimension, too
+  const i64 pitch;
   const Scratch<C> numbers;
 
   // Without the padding the dimensions of a block would meet in a few sets of the cache.
-  Components(i64 u, i64 d)
+  Components(i64 u, i64 d, bool constants_of_each = false)
       : count(u), dims(d), blocks((u + kMost - 1) / kMost),
-        width(((u + blocks - 1) / blocks + kLanes<C> - 1) / kLanes<C> * kLanes<C>), pitch(2 * width + kPad),
-        numbers(blocks * block_size()) {}
+        width(((u + blocks - 1) / blocks + kLanes<C> - 1) / kLanes<C> * kLanes<C>), each(constants_of_each),
+        pitch((each ? 3 : 2) * width + kPad), numbers(blocks * block_size()) {}
   i64 block_size() const { return dims * pitch + width; }
   C* means(i64 block) const { return numbers.data + block * block_size(); }
   C* constants(i64 block) const { return means(block) + dims * pitch; }
@@ -60,11 +62,14 @@ struct Components {
             const C lambda = none ? C(0) : spread[d * logvar.s1];
             to[0] = none ? C(0) : mean[d * mu.s1];
             to[width] = exp_<-1>(lambda);
-            sum += lambda + 2 * kHalfLog2Pi;
+            const double spread_of_both = lambda + 2 * kHalfLog2Pi;
+            if (each) to[2 * width] = none ? -infinity(C(0)) : static_cast<C>(-0.5 * spread_of_both);
+            sum += spread_of_both;
           }
           const double weight =
-              none ? -infinity(0.0)
-                   : static_cast<double>(pointer<const C>(log_weight.data)[u * log_weight.s0]);
+              none                ? -infinity(0.0)
+              : !log_weight.given ? 0.0
+                                  : static_cast<double>(pointer<const C>(log_weight.data)[u * log_weight.s0]);
           constants(block)[i] = static_cast<C>(weight - 0.5 * sum);
         }
       }
@@ -141,9 +146,9 @@ FASTVAE_LOOP void shares(i64 n, C scale, C shift, C* __restrict s, C* __restrict
   }
 }
 
-// Gradients from a block of components for kRows rows: by_z, accumulated; and the components' gradients,
-// accumulated.
-template <class C, int kRows, bool kInputs, bool kParameters>
+// Gradients from a block of components for kRows rows: by_z, accumulated; and the components' sums of r w and
+// r w^2 (if kCentred of r (w^2 - 1)), accumulated.
+template <class C, int kRows, bool kInputs, bool kParameters, bool kCentred>
 FASTVAE_INLINE void slope_tile(i64 width, const C* means, const C* r, const C* z, double* by_z, C* by_mean,
                                C* by_logvar) {
   constexpr int lanes = kLanes<C>;
@@ -161,12 +166,12 @@ FASTVAE_INLINE void slope_tile(i64 width, const C* means, const C* r, const C* z
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Vector<C> w = (x[i] - mean) * inverse,
-                      rw = *reinterpret_cast<const Vector<C>*>(r + i * width + j) * w;
+      const Vector<C> share = *reinterpret_cast<const Vector<C>*>(r + i * width + j),
+                      w = (x[i] - mean) * inverse, rw = share * w;
       if (kInputs) sum[i] -= rw * inverse;
       if (kParameters) {
         first += rw;
-        second += rw * w;
+        second += kCentred ? rw * w - share : rw * w;
       }
     }
     if (kParameters) {
@@ -183,13 +188,13 @@ FASTVAE_INLINE void slope_tile(i64 width, const C* means, const C* r, const C* z
     by_z[i] += total;
   }
 }
-template <class C, bool kInputs, bool kParameters>
+template <class C, bool kInputs, bool kParameters, bool kCentred = false>
 FASTVAE_LOOP void slopes(i64 dims, i64 pitch, i64 width, const C* means, const C* r, const C* z, double* by_z,
                          C* by_parameters) {
   constexpr int rows = kVectorBytes == 64 ? 8 : 4;
   for (i64 d = 0; d < dims; ++d) {
     for (i64 i = 0; i < kUnitRows; i += rows) {
-      slope_tile<C, rows, kInputs, kParameters>(
+      slope_tile<C, rows, kInputs, kParameters, kCentred>(
           width, means + d * pitch, r + i * width, z + d * kUnitRows + i, by_z + d * kUnitRows + i,
           by_parameters + d * 2 * width, by_parameters + d * 2 * width + width);
     }

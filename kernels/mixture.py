@@ -53,7 +53,7 @@ MAX_SHARES = 1 << 24
 def prepare_kernel(
     p_mu,  # [U, D]
     p_logvar,  # [U, D]
-    p_log_weight,  # [U]
+    p_log_weight,  # [U], or None for zeros
     p_mean,  # [D, UP] out, 0 beyond U
     p_inverse,  # [D, UP] out, exp(-logvar / 2), 1 beyond U
     p_scale,  # [U, D] out, the same in the original layout, or None
@@ -90,8 +90,10 @@ def prepare_kernel(
         if p_scale is not None:
             tl.store(p_scale + o_u * D + o_d, b_inverse, mask=mask)
         b_sum += tl.where(mask, b_logvar + LOG_2_PI, 0.0)
-    b_weight = load(p_log_weight, o_u * stride_log_weight, m_u, DTYPE)
-    b_constant = tl.where(i_split == 0, b_weight, 0.0) - 0.5 * tl.sum(b_sum, axis=1, keep_dims=True)
+    b_constant = -0.5 * tl.sum(b_sum, axis=1, keep_dims=True)
+    if p_log_weight is not None:
+        b_weight = load(p_log_weight, o_u * stride_log_weight, m_u, DTYPE)
+        b_constant = tl.where(i_split == 0, b_weight, 0.0) + b_constant
     tl.store(p_constant + i_split.to(tl.int64) * U + o_u, b_constant, mask=m_u)
 
 
@@ -299,7 +301,7 @@ def mixture_components_kernel(
         )
 
 
-def _strides(matrix: torch.Tensor) -> tuple[tl.constexpr, ...]:
+def matrix_strides(matrix: torch.Tensor) -> tuple[tl.constexpr, ...]:
     return tuple(map(fixed, strides(matrix, 2)))
 
 
@@ -308,7 +310,7 @@ def _block_u(u: int) -> int:
 
 
 @planned
-def _prepare(mu, logvar, log_weight, need_scale) -> Call:
+def prepare(mu, logvar, log_weight, need_scale) -> Call:
     """Plan means and inverse scales [D, UP], inverse scales [U, D] with ``need_scale``, and constants [U]."""
     u, d = mu.shape
     dtype = accumulator(mu)
@@ -324,23 +326,26 @@ def _prepare(mu, logvar, log_weight, need_scale) -> Call:
         (transposed, transposed, Result((u, d), dtype) if need_scale else None, Result((u,), dtype, splits)),
         (
             *(fixed(u), fixed(d), fixed(padded), each, splits),
-            *(*_strides(mu), *_strides(logvar), *strides(log_weight, 1)),
+            *(*matrix_strides(mu), *matrix_strides(logvar), *strides(log_weight, 1)),
         ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},
         LAUNCH["logsumexp"].warps(dtype),
     )
 
 
-def _tile(n: int, u: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Return (BLOCK_N, BLOCK_U, warps) of scores: fewer rows where programs would be few, and in float64."""
+def tile_of(n: int, u: int, dtype: torch.dtype, thread: int = THREAD) -> tuple[int, int, int]:
+    """Return (BLOCK_N, BLOCK_U, warps) of scores: fewer rows where programs would be few, and in float64.
+
+    ``thread`` is the maximum number of float32 scores per thread.
+    """
     block_u = _block_u(u)
     warps = max(1, block_u // (4 * LANES))
-    maximum, minimum = (max(1, each * warps * LANES // block_u) for each in (THREAD * 4 // dtype.itemsize, 8))
+    maximum, minimum = (max(1, each * warps * LANES // block_u) for each in (thread * 4 // dtype.itemsize, 8))
     enough = power_of_two(max(1, n * cdiv(u, block_u) // PROGRAMS))
     return min(power_of_two(n), maximum, max(minimum, enough)), block_u, warps
 
 
-def _splits(steps: int, others: int, min_steps: int) -> tuple[int, int]:
+def splits_of(steps: int, others: int, min_steps: int) -> tuple[int, int]:
     """Split a loop that ``others`` programs run into (steps per program, programs).
 
     A program runs at least ``min_steps`` steps. The programs are those along the loop; the grid has
@@ -355,14 +360,14 @@ def _splits(steps: int, others: int, min_steps: int) -> tuple[int, int]:
 def _scores(z, mean, inverse, constant) -> Call:
     (n, d), u = z.shape, len(constant)
     dtype = accumulator(z)
-    block_n, block_u, warps = _tile(n, u, dtype)
-    each, splits = _splits(cdiv(u, block_u), cdiv(n, block_n), 2)
+    block_n, block_u, warps = tile_of(n, u, dtype)
+    each, splits = splits_of(cdiv(u, block_u), cdiv(n, block_n), 2)
     shape = (splits, n) if splits > 1 else (n,)
     return Call(
         mixture_kernel,
         (splits * cdiv(n, block_n),),
         (None if splits > 1 else Result((n,), dtype), Result(shape, dtype), Result(shape, dtype)),
-        (n, fixed(u), fixed(d), fixed(mean.shape[1]), each * block_u, splits, *_strides(z)),
+        (n, fixed(u), fixed(d), fixed(mean.shape[1]), each * block_u, splits, *matrix_strides(z)),
         {"DTYPE": triton_dtype(dtype), "BLOCK_N": block_n, "BLOCK_U": block_u},
         warps,
     )
@@ -374,7 +379,7 @@ def mixture_log_prob(
     """Return log p [N], max_u s and sum_u exp(s - maximum) of z [N, D] and components [U, D], [U, D], [U]."""
     if z.numel() == 0:
         return _without_rows(z, log_weight)
-    mean, inverse, _, constant = _prepare((mu, logvar, log_weight), (False,))
+    mean, inverse, _, constant = prepare((mu, logvar, log_weight), (False,))
     value, maximum, total = _scores((z, mean, inverse, constant))
     return merged(maximum, total) if value is None else (value, maximum, total)
 
@@ -390,7 +395,7 @@ def _without_rows(z, log_weight):
 def _shares(grad, maximum, total, z, mean, inverse, constant) -> Call:
     (n, d), u = z.shape, len(constant)
     dtype = accumulator(z)
-    block_n, block_u, warps = _tile(n, u, dtype)
+    block_n, block_u, warps = tile_of(n, u, dtype)
     u_tiles = cdiv(u, block_u)
     return Call(
         mixture_shares_kernel,
@@ -398,7 +403,7 @@ def _shares(grad, maximum, total, z, mean, inverse, constant) -> Call:
         (Result((n, mean.shape[1]), dtype),),
         (
             *(n, fixed(u), fixed(d), fixed(mean.shape[1]), u_tiles),
-            *(*strides(grad, 1), *strides(maximum, 1), *strides(total, 1), *_strides(z)),
+            *(*strides(grad, 1), *strides(maximum, 1), *strides(total, 1), *matrix_strides(z)),
         ),
         {
             "TINY": torch.finfo(dtype).tiny,
@@ -416,7 +421,7 @@ def _rows(share, z, mu, scale) -> Call:
     dtype = accumulator(z)
     block_d = min(power_of_two(d), TILE_D)
     block_n = min(power_of_two(n), LAUNCH["mixture_backward"].tile // block_d)
-    each, splits = _splits(u, cdiv(n, block_n) * cdiv(d, block_d), 32)
+    each, splits = splits_of(u, cdiv(n, block_n) * cdiv(d, block_d), 32)
     return Call(
         mixture_rows_kernel,
         (splits * cdiv(n, block_n), cdiv(d, block_d)),
@@ -428,8 +433,8 @@ def _rows(share, z, mu, scale) -> Call:
             fixed(share.shape[1]),
             each,
             splits,
-            *_strides(z),
-            *_strides(mu),
+            *matrix_strides(z),
+            *matrix_strides(mu),
         ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_N": block_n, "BLOCK_D": block_d},
         LAUNCH["mixture_backward"].warps(dtype),
@@ -442,7 +447,7 @@ def _components(share, z, mu, logvar, need) -> Call:
     dtype = accumulator(z)
     block_d = min(power_of_two(d), TILE_D)
     block_u = min(power_of_two(u), LAUNCH["mixture_backward"].tile // block_d)
-    each, splits = _splits(n, cdiv(u, block_u) * cdiv(d, block_d), 32)
+    each, splits = splits_of(n, cdiv(u, block_u) * cdiv(d, block_d), 32)
     results = [Result(shape, dtype, splits) for shape in ((u, d), (u, d), (u,))]
     return Call(
         mixture_components_kernel,
@@ -450,7 +455,7 @@ def _components(share, z, mu, logvar, need) -> Call:
         tuple(r if wanted else None for r, wanted in zip(results, need, strict=True)),
         (
             *(n, u, fixed(d), fixed(share.shape[1]), each, splits),
-            *(*_strides(z), *_strides(mu), *_strides(logvar)),
+            *(*matrix_strides(z), *matrix_strides(mu), *matrix_strides(logvar)),
         ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},
         LAUNCH["mixture_backward"].warps(dtype),
@@ -473,7 +478,7 @@ def mixture_log_prob_backward(
         share = grad.sum() * torch.softmax(log_weight, 0)
         grads = *(torch.zeros_like(t) for t in tensors[:3]), share
         return tuple(g if n else None for g, n in zip(grads, need, strict=True))
-    mean, inverse, scale, constant = _prepare((mu, logvar, log_weight), (need[0],))
+    mean, inverse, scale, constant = prepare((mu, logvar, log_weight), (need[0],))
     rows_at_once = max(1, MAX_SHARES // len(mu))
     pieces = []
     for g, m, s, rows in zip(*(t.split(rows_at_once) for t in (grad, maximum, total, z)), strict=True):

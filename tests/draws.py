@@ -27,6 +27,7 @@ from . import (
     cases,
     compare,
     strategies,
+    test_aggregate,
     test_logsumexp,
     test_mixture,
     test_normal_diagonal,
@@ -63,6 +64,7 @@ OPS = {
     **{f"{name}_log_prob": (cases.log_prob(name, _sizes(3)), cases.results) for name in cases.LIKELIHOODS},
     "log_mean_exp": (test_logsumexp.cases(_sizes(2)), test_logsumexp.results),
     "mixture_log_prob": (test_mixture.cases(_sizes(3)), test_mixture.results),
+    "aggregate_log_prob": (test_aggregate.cases(_sizes(3)), test_aggregate.results),
     "reduce": (test_reduce.cases(_sizes(3)), test_reduce.results),
 }
 

@@ -257,6 +257,55 @@ def mixture(
     return value, grads
 
 
+def aggregate(
+    z: Tensor, mu: Tensor, logvar: Tensor, size: int, grad: Tensor | None, grad_each: Tensor | None
+) -> tuple[Rounded, Rounded, list[Rounded]]:
+    """Compute log q [N] and log q of each dimension [N, D], and the gradients of z and the components.
+
+    ``size`` is that of the data set, for stratified weights; 0 for equal ones.
+    """
+    dtype = computation(z, mu, logvar)
+    z, mu, logvar = (Rounded.exact(t, dtype) for t in (z, mu, logvar))
+    white = (z[:, None] - mu) * (logvar * -0.5).exp()
+    n, u, d = white.value.shape
+    weights = torch.full((n, u), -math.log(u - 1 if size else u), dtype=torch.float64)
+    weights = weights.to(z.value.device)
+    for row in range(n if size else 0):
+        weights[row, row % u] = math.log(1 / size)
+        weights[row, (row + 1) % u] = math.log((size - u + 1) / (size * (u - 1)))
+    # Sums of logarithms, one of them of a quotient.
+    log_weight = Rounded(weights, z.u * (4 + 2 * LOG * (weights.abs() + math.log(u))), z.u)
+    constant = (logvar + _constant(math.log(2 * math.pi), logvar)) * 0.5  # [U, D]
+    half = white.square() * 0.5
+    whole = total([log_weight, -constant.sum(1).expand(n, u), -_in_turn(half, 2)])
+    each = total([log_weight[:, :, None].expand(n, u, d), -constant.expand(n, u, d), -half])
+    log_q, share = _aggregated(whole, dtype)
+    log_q_each, share_each = _aggregated(each, dtype)
+    r = None
+    if grad is not None:
+        r = _flushed(Rounded.exact(grad, dtype)[:, None] * share, dtype)[:, :, None].expand(n, u, d)
+    if grad_each is not None:
+        more = _flushed(Rounded.exact(grad_each, dtype)[:, None] * share_each, dtype)
+        r = more if r is None else r + more
+    slope, inverse = r * white, (logvar * -0.5).exp()
+    grads = [
+        -_in_turn(slope * inverse, 1),
+        _in_turn(slope, 0) * inverse,
+        total([_in_turn(slope * white, 0), -_in_turn(r, 0)]) * 0.5,
+    ]
+    return log_q, log_q_each, grads
+
+
+def _aggregated(scores: Rounded, dtype: torch.dtype) -> tuple[Rounded, Rounded]:
+    """Compute the log-sum-exp over axis 1, and the weights computed from its rounded result."""
+    moved = Rounded(scores.value.movedim(1, 0), scores.error.movedim(1, 0), scores.u)
+    value, weight = _log_mean_exp(moved, dtype, mean=False)
+    value = value.rounded(2)
+    off = torch.where(weight.value == 0, 0.0, weight.value * torch.expm1(value.error))
+    weight = weight.off(torch.fmin(off, torch.ones_like(off)))
+    return value, Rounded(weight.value.movedim(0, 1), weight.error.movedim(0, 1), weight.u)
+
+
 def full(
     mu: Tensor, tril: Tensor, eps: Tensor, grad_z: Tensor | None, grad_log_q: Tensor | None
 ) -> tuple[Rounded, Rounded, list[Rounded]]:

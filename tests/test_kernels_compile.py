@@ -143,7 +143,15 @@ HEAVY = ("negative_binomial", "beta_log_prob", "discretized_logistic")
 OF_A_ROW = {
     *(("mixture_kernel", "p_z"), ("mixture_shares_kernel", "p_z")),
     *(("mixture_rows_kernel", "p_share"), ("mixture_components_kernel", "p_share")),
+    *(("prepare_kernel", "p_constant"), ("aggregate_kernel", "p_z"), ("aggregate_shares_kernel", "p_z")),
+    *(("aggregate_rows_kernel", "p_share"), ("aggregate_components_kernel", "p_share")),
 }
+# Kernels of which a thread of a wavefront of 64 may take two numbers, or rows of 50, which allow 8 bytes.
+FEW_LANES = (
+    *("mixture_kernel", "mixture_shares_kernel", "mixture_rows_kernel"),
+    *("aggregate_kernel", "aggregate_marginals_kernel"),
+    *("aggregate_rows_kernel", "aggregate_components_kernel"),
+)
 # Ten components in two dimensions are fewer numbers than threads.
 FEW_COMPONENTS = "[5000, 10, 2]"
 
@@ -172,11 +180,7 @@ def narrow(reports):
         and (r.kernel, name) not in OF_A_ROW
         and not (FEW_COMPONENTS in r.launch and r.kernel in ("prepare_kernel", "mixture_components_kernel"))
         # In a wavefront of 64 each thread has two of 128 components, or a row of two dimensions.
-        and not (
-            r.target == "gfx942"
-            and r.kernel in ("mixture_kernel", "mixture_shares_kernel", "mixture_rows_kernel")
-            and r.widths.get(name) == 8
-        )
+        and not (r.target == "gfx942" and r.kernel in FEW_LANES and r.widths.get(name) == 8)
         # Bound by arithmetic, with two elements per thread.
         and not any(name in r.launch for name in HEAVY)
     ]
@@ -273,7 +277,7 @@ def test_one_program_for_every_batch():
     """A new B or K compiles nothing: programs differ only by alignment."""
     script = """
 from tools import kernels
-from fastvae.kernels import normal_full, logsumexp, normal_diagonal, likelihood, mixture, reduce
+from fastvae.kernels import aggregate, normal_full, logsumexp, normal_diagonal, likelihood, mixture, reduce
 from fastvae.likelihoods.declared import DECLARED
 from fastvae.ops.normal_full import Draw as Place
 from fastvae.ops.normal_arguments import Draw
@@ -312,6 +316,10 @@ for b in range(2, 130):
                 lambda: mixture.mixture_log_prob(t(k * b, d), *components),
                 lambda: mixture.mixture_log_prob_backward(
                     *[t(k * b)] * 3, t(k * b, d), *components, [True] * 4
+                ),
+                lambda: aggregate.aggregate_log_prob(t(k * b, d), t(b, d), t(b, d), 200),
+                lambda: aggregate.aggregate_log_prob_backward(
+                    *[t(k * b), t(k * b, d)] * 2, t(k * b, d), t(b, d), t(b, d), 200, [True] * 3
                 ),
                 lambda: logsumexp.log_mean_exp(t(k, b)),
                 lambda: reduce.reduce(t(k, b), t(k, b), None, how, True),

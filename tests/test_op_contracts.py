@@ -67,6 +67,8 @@ def recorded(likelihoods):
             total = total + sum(r.square().sum() for r in results)
         total = total + ops.log_mean_exp(_leaf(K, B)).square().sum()
         total = total + ops.mixture_log_prob(_leaf(B, D), _leaf(U, D), _leaf(U, D), _leaf(U)).sum()
+        whole, each = ops.aggregate_log_prob(_leaf(B, D), _leaf(U, D), _leaf(U, D))
+        total = total + whole.square().sum() + each.square().sum()
         total = total + ops.categorical_log_prob(torch.ones(B, P), _leaf(K, B, U, P)).sum()
         each = _leaf(K, B, U, E, P)
         logits, x = _leaf(K, B, U, P), torch.zeros(B, E, P)

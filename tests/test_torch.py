@@ -296,6 +296,16 @@ def _arguments(op: str):
             column, total = randn(B, seed=24), rand(B, seed=25) + 1
             for need in ([True] * 4, [True, False, False, False], [False, True, False, True]):
                 yield column, column, total, randn(B, D, seed=20), *components, need
+    elif op.startswith("aggregate_log_prob"):
+        components = randn(7, D, seed=21), randn(7, D, seed=22)
+        if op == "aggregate_log_prob":
+            for dtype, size in ((torch.float32, 0), (torch.float64, 20)):
+                inputs = [t.to(dtype).requires_grad_() for t in (randn(14, D, seed=20), *components)]
+                yield *inputs, size
+        else:
+            z, each, column = randn(14, D, seed=20), randn(14, D, seed=24), randn(14, seed=25)
+            for given, need in (((column, each), [True] * 3), ((None, each), [False, True, False])):
+                yield *given, column, each, z, *components, 20, need
     elif op == "log_mean_exp":
         yield (log_w.clone().requires_grad_(),)
         yield (log_w.double().T.contiguous().T.requires_grad_(),)
@@ -411,6 +421,8 @@ def _functions_called(function) -> set[str]:
         "normal",
         "mixture_log_prob",
         "mixture_log_prob_backward",
+        "aggregate_log_prob",
+        "aggregate_log_prob_backward",
         "categorical_log_prob",
         "categorical_log_prob_backward",
         "multinomial_log_prob",
@@ -610,6 +622,10 @@ def _public_ops():
         "mixture_log_prob": (
             ops.mixture_log_prob,
             # Without logits, whose softmax the compiler computes itself.
+            (randn(K, B, D, seed=31), randn(7, D, seed=32), randn(7, D, seed=33)),
+        ),
+        "aggregate_log_prob": (
+            ops.aggregate_log_prob,
             (randn(K, B, D, seed=31), randn(7, D, seed=32), randn(7, D, seed=33)),
         ),
     }

@@ -31,15 +31,20 @@ def found(x, mu, logvar, weight, **options):
     return fastvae.beta_tc(x, (mu, logvar), lambda z: z @ weight, **options)
 
 
-def written_out(x, mu, logvar, weight, n=1, k=K):
-    """Compute log-likelihood and the three parts [B], eqs. 2 and 5 of Chen et al. 2018."""
+def written_out(x, mu, logvar, weight, n=1, k=K, weights=None):
+    """Compute log-likelihood and the three parts [B], eqs. 2 and 5 of Chen et al. 2018.
+
+    ``weights`` [B, B] replace those of the minibatch-weighted sampling, 1/(N B).
+    """
     seed = fastvae.random.draw_seed(DEVICE, generator(5))
     sigma = (0.5 * logvar).exp()
     z = mu + sigma * fastvae.random.normal(seed, k, B, D, dtype=torch.float64)
     pairs = td.Normal(mu, sigma).log_prob(z[:, :, None])  # [K, z, posteriors, D]
     log_q = td.Normal(mu, sigma).log_prob(z).sum(2)
-    joint = torch.logsumexp(pairs.sum(3), 2) - math.log(n * B)
-    each = (torch.logsumexp(pairs, 2) - math.log(n * B)).sum(2)
+    if weights is None:
+        weights = torch.full((B, B), 1 / (n * B), device=DEVICE, **WIDE)
+    joint = torch.logsumexp(pairs.sum(3) + weights.log(), 2)
+    each = torch.logsumexp(pairs + weights.log()[:, :, None], 2).sum(2)
     log_p = td.Normal(0.0, 1.0).log_prob(z).sum(2)
     log_likelihood = td.Bernoulli(logits=z @ weight, validate_args=False).log_prob(x).sum(2)
     return [t.mean(0) for t in (log_likelihood, log_q - joint, joint - each, each - log_p)]
@@ -65,6 +70,92 @@ def test_value_and_gradients_equal_the_formula(backend, n):
         )
         for g, e in zip(got, expected, strict=True):
             torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-10)
+
+
+def paper_weights(n):
+    """Compute f of eq. S8: M others, of which the last has its own weight."""
+    m = B - 1
+    weights = torch.zeros(B, B, device=DEVICE, **WIDE)
+    for b in range(B):
+        others = [(b - i) % B for i in range(1, m)]
+        weights[b, b] = 1 / n
+        weights[b, others] = 1 / m
+        weights[b, (b - m) % B] = (n - m) / (n * m)
+    return weights
+
+
+def published_weights(n):
+    """Compute the matrix of rtqichen/beta-tcvae and its copies, whose strides select columns 0 and 1."""
+    weights = torch.full((B, B), 1 / (B - 1), device=DEVICE, **WIDE)
+    weights[:, 0] = 1 / n
+    weights[:, 1] = weights[B - 2, 0] = (n - B + 1) / (n * (B - 1))
+    return weights
+
+
+@pytest.mark.parametrize("n", [B, B + 1, 60_000])
+def test_stratified_sampling_equals_the_formula(backend, n):
+    """Values and gradients of the paper's weights; each row of weights sums to 1."""
+    x, *leaves = inputs()
+    weights = paper_weights(n)
+    torch.testing.assert_close(weights.sum(1), torch.ones(B, device=DEVICE, **WIDE))
+    options = {"k": K, "dataset_size": n, "sampling": "stratified"}
+    terms = found(x, *leaves, alpha=0.5, beta=3.0, gamma=0.7, terms=True, **options)
+    log_likelihood, *parts = written_out(x, *leaves, weights=weights)
+    bound = log_likelihood - 0.5 * parts[0] - 3.0 * parts[1] - 0.7 * parts[2]
+    for got, expected in zip(_each(terms), (bound, log_likelihood, *parts), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+    one = log_likelihood - 0.5 * (parts[0] + parts[2]) - 3.0 * parts[1]
+    fused = found(x, *leaves, alpha=0.5, beta=3.0, gamma=0.5, reduction="none", **options)
+    torch.testing.assert_close(fused, one, rtol=1e-11, atol=1e-11)
+    for values in ((terms.bound, bound), (fused, one)):
+        got, expected = (torch.autograd.grad(v.sum(), leaves, retain_graph=True) for v in values)
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-10)
+
+
+def test_the_first_example_has_the_published_codes_weights():
+    """The published matrix has the paper's weights in its first row only."""
+    n = 50
+    x, *leaves = inputs()
+    terms = found(x, *leaves, k=K, dataset_size=n, sampling="stratified", terms=True)
+    parts = _each(terms)[1:]
+    published = written_out(x, *leaves, weights=published_weights(n))
+    for got, expected in zip(parts, published, strict=True):
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(parts[1][1:], published[1][1:], rtol=1e-2)
+
+
+def test_sums_without_constants_differ_by_log_b():
+    """Codes that leave out all constants, as PyTorch-VAE, differ from the default by multiples of log B."""
+    x, *leaves = inputs()
+    ours = _each(found(x, *leaves, k=K, terms=True))[2:]
+    without = written_out(x, *leaves, weights=torch.ones(B, B, device=DEVICE, **WIDE))[1:]
+    for got, expected, times in zip(ours, without, (1, D - 1, -D), strict=True):
+        torch.testing.assert_close(got - expected, torch.full_like(got, times * math.log(B)))
+
+
+@pytest.mark.parametrize("weight_of_all", [1.0, 0.3])
+def test_equal_weights_give_the_monte_carlo_elbo_of_stratified_sampling(weight_of_all):
+    x, *leaves = inputs()
+    w = {name: weight_of_all for name in ("alpha", "beta", "gamma")}
+    bound = found(x, *leaves, k=K, dataset_size=90, sampling="stratified", **w)
+    expected = found(x, *leaves, k=K, **w)
+    torch.testing.assert_close(bound, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_given_as_tensors_or_unequal_give_the_same():
+    """The pass for α = γ and the separate terms agree, also for a β of each example."""
+    x, *leaves = inputs()
+    beta = rand(B, seed=8, **WIDE) + 0.5
+    alpha = torch.tensor(1.0, device=DEVICE, **WIDE)
+    for one in (2.0, beta):
+        fused, apart = (
+            found(x, *leaves, k=K, beta=one, alpha=a, reduction="none", dataset_size=40) for a in (1.0, alpha)
+        )
+        torch.testing.assert_close(fused, apart, rtol=1e-12, atol=1e-12)
+        gradients = (torch.autograd.grad(b.sum(), leaves) for b in (fused, apart))
+        for got, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_single_precision_is_accurate(backend):
@@ -129,8 +220,9 @@ def test_a_report_is_the_same_whatever_the_batches():
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
+@pytest.mark.parametrize("n", [None, 90])
 @pytest.mark.parametrize("family", ["full", "low rank"])
-def test_posteriors_with_covariances(family):
+def test_posteriors_with_covariances(family, n):
     """Marginals come from the covariance's diagonal; gradients reach the off-diagonal elements too."""
     x, mu, logvar, weight = inputs()
     if family == "full":
@@ -144,13 +236,17 @@ def test_posteriors_with_covariances(family):
         covariance = factor @ factor.mT + torch.diag_embed(logvar.exp())
     seed = fastvae.random.draw_seed(DEVICE, generator(5))
     z, _ = q.rsample_log_prob(1, seed)
+    sampling = {} if n is None else {"sampling": "stratified", "dataset_size": n}
     terms = fastvae.beta_tc(
-        x, q, lambda z: z @ weight, likelihood="bernoulli", generator=generator(5), terms=True
+        x, q, lambda z: z @ weight, likelihood="bernoulli", generator=generator(5), terms=True, **sampling
+    )
+    log_weights = (
+        (torch.full((B, B), 1 / B, **WIDE) if n is None else paper_weights(n).cpu()).log().to(DEVICE)
     )
     own = td.MultivariateNormal(mu, covariance)
-    joint = torch.logsumexp(own.log_prob(z[0][:, None]), 1) - math.log(B)
+    joint = torch.logsumexp(log_weights + own.log_prob(z[0][:, None]), 1)
     normal = td.Normal(mu, covariance.diagonal(dim1=1, dim2=2).sqrt())
-    each = (torch.logsumexp(normal.log_prob(z[0][:, None]), 1) - math.log(B)).sum(1)
+    each = torch.logsumexp(log_weights[:, :, None] + normal.log_prob(z[0][:, None]), 1).sum(1)
     expected = own.log_prob(z[0]) - joint, joint - each, each - td.Normal(0.0, 1.0).log_prob(z[0]).sum(1)
     for got, part in zip(_each(terms)[2:], expected, strict=True):
         torch.testing.assert_close(got, part, rtol=1e-9, atol=1e-9)
@@ -279,6 +375,33 @@ WRONG = {
     ),
     "weights of other rows": (_call(beta=ROWS), ValueError, r"beta has shape \[6, 3\].*total correlation"),
     "a data set without examples": (_call(dataset_size=0), ValueError, "dataset_size must be at least 1"),
+    "another sampling": (
+        _call(sampling="strata"),
+        ValueError,
+        "sampling='strata' is unknown; known: 'weighted', 'stratified'",
+    ),
+    "strata without the data set's size": (
+        _call(sampling="stratified"),
+        ValueError,
+        r"needs dataset_size.*len\(dataset\)",
+    ),
+    "strata of a smaller data set": (
+        _call(sampling="stratified", dataset_size=B - 1),
+        ValueError,
+        "dataset_size is 5, less than the 6",
+    ),
+    "strata of one example": (
+        lambda: fastvae.beta_tc(
+            ROWS[:1],
+            (ROWS[:1], ROWS[:1]),
+            lambda z: z,
+            sampling="stratified",
+            dataset_size=9,
+            likelihood="bernoulli",
+        ),
+        ValueError,
+        "at least two examples.*drop_last=True",
+    ),
     "no samples": (_call(k=0), ValueError, "k must be at least 1"),
     "another reduction": (_call(reduction="max"), ValueError, "reduction='max' is unknown"),
     "an address below 0": (_call(row_offset=-1), ValueError, "row_offset must lie in"),

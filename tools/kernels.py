@@ -210,6 +210,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield from softmax_launches((f32, bf16, f64))
     yield from components_launches((f32, bf16, f64))
     yield from mixture_launches((f32, f64))
+    yield from aggregate_launches((f32, f64))
     yield from full_launches((f32, bf16, f64))
     yield from head_launches((f32, bf16))
     for dtype in (f32, bf16, f64):
@@ -325,6 +326,27 @@ def mixture_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Cal
                 f"mixture_log_prob_backward {label}",
                 lambda z=z, c=components, g=column: mixture.mixture_log_prob_backward(
                     g, g, g, z, *c, [True] * 4
+                ),
+            )
+
+
+def aggregate_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield launches for batches of training, with equal and stratified weights, and for a report."""
+    from fastvae.kernels import aggregate
+
+    for dtype in dtypes:
+        for n, u, d, size in ((128, 128, 16, 0), (512, 512, 64, 60000), (2000, 5000, 50, 0)):
+            z, each, column = (tensor(*s, dtype=dtype) for s in ((n, d), (n, d), (n,)))
+            components = tensor(u, d, dtype=dtype), tensor(u, d, dtype=dtype)
+            label = f"{str(dtype)[6:]} [{n}, {u}, {d}]{', stratified' if size else ''}"
+            yield (
+                f"aggregate_log_prob {label}",
+                lambda z=z, c=components, s=size: aggregate.aggregate_log_prob(z, *c, s),
+            )
+            yield (
+                f"aggregate_log_prob_backward {label}",
+                lambda z=z, e=each, g=column, c=components, s=size: aggregate.aggregate_log_prob_backward(
+                    g, e, g, e, z, *c, s, [True] * 3
                 ),
             )
 

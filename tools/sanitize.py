@@ -27,6 +27,7 @@ TESTS = [
         "likelihoods",
         "normal_diagonal",
         "mixture",
+        "aggregate",
         "random",
         "torch",
     )

@@ -17,6 +17,7 @@ FreeBitsPer = Literal["batch", "example"]
 ProposalName = Literal["posterior", "adapted", "defensive"]
 Shard = Literal["data", "samples", "none"]
 Start = Literal["posterior", "prior"]
+Sampling = Literal["weighted", "stratified"]
 Objective = Literal["elbo", "iwae", "beta_tc", "sleep", "log_marginal"]
 
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
@@ -25,4 +26,5 @@ KLS: tuple[KL, ...] = get_args(KL)
 FREE_BITS_PER: tuple[FreeBitsPer, ...] = get_args(FreeBitsPer)
 SHARDS: tuple[Shard, ...] = get_args(Shard)
 STARTS: tuple[Start, ...] = get_args(Start)
+SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,28 @@ def without_denormals(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def times(factor: float | Tensor, term: Tensor) -> Tensor:
-    """Return factor times term, where 0 times infinity is 0."""
+    """Return factor times term, where 0 times infinity is 0; for the number 1 the term itself."""
     if isinstance(factor, Tensor):
         return torch.where(factor == 0, 0.0, factor * term)
-    return torch.zeros_like(term) if factor == 0 else factor * term
+    return torch.zeros_like(term) if factor == 0 else term if factor == 1 else factor * term
 
 
 def shift(maximum: Tensor) -> Tensor:
     """Return the shift before exp: the maximum, or 0 where it is infinite, as inf - inf would be NaN."""
     return torch.where(maximum.isinf(), torch.zeros_like(maximum), maximum)
+
+
+def stratified_log_weights(first: int, rows: int, batch: int, dataset_size: int, like: Tensor) -> Tensor:
+    """Return log weights [rows, batch] of minibatch-stratified sampling, for rows from ``first`` on.
+
+    Row n is a draw of example n mod ``batch``. The weights are 1/N for its own posterior, (N − B + 1)/(N (B −
+    1)) for the next and 1/(B − 1) for the others, with N = ``dataset_size`` and B = ``batch``.
+    """
+    others = batch - 1
+    weights = like.new_full((rows, batch), -math.log(others))
+    own = torch.arange(first, first + rows, device=like.device) % batch
+    weights.scatter_(1, own[:, None], -math.log(dataset_size))
+    following = (own + 1) % batch
+    return weights.scatter_(
+        1, following[:, None], math.log((dataset_size - others) / others) - math.log(dataset_size)
+    )

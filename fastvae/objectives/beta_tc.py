@@ -13,11 +13,13 @@ from torch import Tensor
 from ..core.checks import check_address, check_choice, check_count, check_weight
 from ..core.hints import teaches
 from ..core.nested import Conditioning
-from ..core.options import REDUCTIONS, Reduction
+from ..core.options import REDUCTIONS, SAMPLINGS, Reduction, Sampling
 from ..core.records import registered
 from ..core.reductions import times
-from ..distributions.draws import describe, rsample_as_stored
+from ..distributions.base import Distribution, is_family
+from ..distributions.draws import describe, draw_ratio, rsample_as_stored
 from ..distributions.mixture import log_aggregate
+from ..distributions.normal import DiagonalNormal
 from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
 from ..ops.reduce import BoundReduction
@@ -73,6 +75,7 @@ def beta_tc(
     alpha: float | Tensor = 1.0,
     gamma: float | Tensor = 1.0,
     dataset_size: int | None = None,
+    sampling: Sampling = "weighted",
     likelihood: str | Likelihood = "gaussian",
     prior: Any = None,
     k: int = 1,
@@ -110,11 +113,16 @@ def beta_tc(
         beta: weight of the total correlation, a number or a tensor, [] or [B]. Default 6.
         alpha: weight of the mutual information of x and z, like beta. Default 1.
         gamma: weight of the dimensions' KL to the prior, like beta. Default 1.
-        dataset_size: N of the paper's minibatch-weighted sampling. It only adds a constant to each part:
-            log N to the mutual information, (D − 1) log N to the total correlation, −D log N to the
-            dimensions' KL; no gradient depends on it. Default: 1, which treats this batch as the data set:
-            the mutual information is then at most log B, and the total correlation is not dominated by a
-            constant.
+        dataset_size: N, the number of examples of the data set. In weighted sampling it only adds a constant
+            to each part: log N to the mutual information, (D − 1) log N to the total correlation, −D log N
+            to the dimensions' KL; no gradient depends on it. Default: 1, which treats this batch as the data
+            set: the mutual information is then at most log B, and the total correlation is not dominated by
+            a constant. Stratified sampling requires it, at least B.
+        sampling: ``"weighted"`` (default), the formula above, or ``"stratified"``, the paper's
+            minibatch-stratified sampling: in the estimate of q(z) for an example's draws, its own posterior
+            has weight 1/N, the next example's (N − B + 1)/(N (B − 1)), and all others' 1/(B − 1). The
+            weights sum to 1, and the mean of this q(z) over random batches is that of the data set;
+            gradients depend on N. It needs batches of at least two examples, in random order.
         likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
             logits), another name of :mod:`fastvae.likelihoods`, an object such as
             ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
@@ -147,7 +155,8 @@ def beta_tc(
         TypeError, ValueError: for an invalid argument, which the message names.
 
     References:
-        Chen, Li, Grosse & Duvenaud, Isolating Sources of Disentanglement in VAEs, 2018, eq. 2, 4 and 5.
+        Chen, Li, Grosse & Duvenaud, Isolating Sources of Disentanglement in VAEs, 2018, eq. 2, 4 and 5,
+        and appendix C for the sampling.
 
     Example:
         >>> import torch, fastvae
@@ -159,9 +168,7 @@ def beta_tc(
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     q, prior = inputs.q, inputs.prior
     k = check_count("k", k, "the draws of z per example")
-    log_n = 0.0
-    if dataset_size is not None:
-        log_n = math.log(check_count("dataset_size", dataset_size, "the examples of the whole data set"))
+    dataset_size = _read_sampling(sampling, dataset_size, q.batch)
     weights = [
         check_weight(name, value, f"the weight of {what}", q, per_row=True)
         for name, value, what in (
@@ -177,23 +184,85 @@ def beta_tc(
             "beta_tc needs one prior for all examples, which the aggregate posterior is compared with; the "
             "one given has parameters for each example, or is a function of the context"
         )
-    z, log_q = rsample_as_stored(q, k, draw_seed(q.device, generator), row_offset=row_offset)
-    whole, each = log_aggregate([q], z)
+    seed = draw_seed(q.device, generator)
+    size = dataset_size if sampling == "stratified" else None
+    log_n = math.log(dataset_size) if size is None else 0.0
+    means: list[Tensor] = []
+    if not terms and _one_ratio(q, weights):
+        z, log_ratio = draw_ratio(q, prior, k, seed, row_offset)
+        whole, dimensions = _aggregate(q, z, size, log_n)
+        correlation = (whole - dimensions).reshape(log_ratio.shape)
+        term = _less(times(weights[0], log_ratio), weights[1] - weights[0], correlation)
+    else:
+        z, log_q = rsample_as_stored(q, k, seed, row_offset=row_offset)
+        whole, dimensions = _aggregate(q, z, size, log_n)
+        log_p = prior.log_prob(z)
+        parts = log_q - whole, whole - dimensions, dimensions - log_p
+        weighted = [times(weight, part) for weight, part in zip(weights, parts, strict=True)]
+        term = -(weighted[0] + weighted[1] + weighted[2])
+        means = [part.mean(0) for part in (log_q - log_p, *parts)]
+        z = z.flatten(0, 1)
+    how = BoundReduction(1.0, "mean", "none" if terms else reduction)
+    bound, log_likelihood, output = reduce_draws(inputs, z, term, k, None, how, terms)
+    if not terms:
+        return bound
+    kl, *means = means
+    z = inputs.shaped(z, k)
+    return BetaTCTerms(bound, log_likelihood, kl, z, output, *means)  # type: ignore[arg-type]
+
+
+def _one_ratio(q: Distribution, weights: list[float | Tensor]) -> bool:
+    """Return True if the term is α (log p − log q) − (β − α) of the total correlation's part: α = γ.
+
+    The ratio is computed with the draw. Half precision compares densities at the stored z instead.
+    """
+    alpha, _, gamma = weights
+    if isinstance(alpha, Tensor) or isinstance(gamma, Tensor) or alpha != gamma:
+        return False
+    return is_family(q, DiagonalNormal) and q.mu.dtype.itemsize > 2
+
+
+def _less(term: Tensor, factor: float | Tensor, part: Tensor) -> Tensor:
+    """Return term - factor part, where 0 times infinity is 0."""
+    if isinstance(factor, Tensor) or factor == 0:
+        return term - times(factor, part)
+    return torch.sub(term, part, alpha=factor)
+
+
+def _aggregate(q: Distribution, z: Tensor, dataset_size: int | None, log_n: float) -> tuple[Tensor, Tensor]:
+    """Return log q(z) and the sum of the marginals' log q(z_d), less log N for each density."""
+    whole, each = log_aggregate([q], z, dataset_size)
     if each is None:
         raise ValueError(
             "beta_tc needs the marginal distribution of each dimension, which is known of normal posteriors; "
             f"q is {describe(q)}. Use fastvae.distributions.DiagonalNormal, FullNormal or LowRankNormal"
         )
-    whole, dimensions = whole - log_n, each.sum(-1) - each.shape[-1] * log_n
-    log_p = prior.log_prob(z)
-    parts = log_q - whole, whole - dimensions, dimensions - log_p
-    weighted = [times(weight, part) for weight, part in zip(weights, parts, strict=True)]
-    term = -(weighted[0] + weighted[1] + weighted[2])
-    how = BoundReduction(1.0, "mean", "none" if terms else reduction)
-    z = z.flatten(0, 1)
-    bound, log_likelihood, output = reduce_draws(inputs, z, term, k, None, how, terms)
-    if not terms:
-        return bound
-    kl = (log_q - log_p).mean(0)
-    means = [part.mean(0) for part in parts]
-    return BetaTCTerms(bound, log_likelihood, kl, inputs.shaped(z, k), output, *means)  # type: ignore[arg-type]
+    dimensions = each.sum(-1)
+    if log_n == 0:
+        return whole, dimensions
+    return whole - log_n, dimensions - each.shape[-1] * log_n
+
+
+def _read_sampling(sampling: Sampling, dataset_size: int | None, batch: int) -> int:
+    """Validate the sampling, and return N, which is 1 by default."""
+    check_choice("sampling", sampling, SAMPLINGS)
+    if dataset_size is not None:
+        dataset_size = check_count("dataset_size", dataset_size, "the examples of the whole data set")
+    if sampling == "weighted":
+        return 1 if dataset_size is None else dataset_size
+    if dataset_size is None:
+        raise ValueError(
+            'sampling="stratified" needs dataset_size, the number of examples of the whole data set; pass '
+            'dataset_size=len(dataset), or sampling="weighted"'
+        )
+    if dataset_size < batch:
+        raise ValueError(
+            f"dataset_size is {dataset_size}, less than the {batch} examples of this batch; expected the "
+            "number of examples of the whole data set"
+        )
+    if batch == 1:
+        raise ValueError(
+            'sampling="stratified" needs at least two examples in a batch, and this one has 1; leave out the '
+            "last, smaller batch of an epoch (drop_last=True of torch's DataLoader)"
+        )
+    return dataset_size

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ..core.options import KL, Estimator, FreeBitsPer, Noise, Reduction
+from ..core.options import KL, Estimator, FreeBitsPer, Noise, Reduction, Sampling
 from ..core.records import registered
 from ..likelihoods import Likelihood
 from .bounds import Bound
@@ -96,6 +96,7 @@ class BetaTCOptions(BoundOptions, total=False):
     alpha: float | Tensor
     gamma: float | Tensor
     dataset_size: int | None
+    sampling: Sampling
     k: int
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import likelihood as _likelihood
 from . import reduce as _reduce
+from .aggregate import aggregate_log_prob
 from .all_pairs import all_pairs_log_prob
 from .categorical import categorical_log_prob
 from .components import discretized_logistic_mixture_log_prob
@@ -21,6 +22,7 @@ from .normal_diagonal import rsample_kl, rsample_log_ratio
 from .normal_full import rsample_tril
 
 __all__ = [
+    "aggregate_log_prob",
     "all_pairs_log_prob",
     "categorical_log_prob",
     "discretized_logistic_mixture_log_prob",

@@ -71,9 +71,9 @@ class Contract:
             kind = "floating-point" if dtype is None else str(dtype)
             self.refuse(name, tensor, f"{kind} {' or '.join(map(_described, shapes))}")
 
-    def expect_count(self, name: str, value: int) -> None:
-        if value < 1:
-            raise ValueError(f"fastvae::{self.op}: {name} is {value}; expected at least 1")
+    def expect_count(self, name: str, value: int, least: int = 1) -> None:
+        if value < least:
+            raise ValueError(f"fastvae::{self.op}: {name} is {value}; expected at least {least}")
 
     def refuse(self, name: str, tensor: Tensor, expected: str) -> NoReturn:
         raise ValueError(

@@ -237,7 +237,9 @@ def options_of(built: Built) -> dict[str, Any]:
         options |= {"kl": c.kl, "beta": _beta(c, torch.float32), "free_bits": c.free_bits}
         options["free_bits_per"] = "example"
     if c.entry == "beta_tc":
-        options |= {"beta": 3.0, "alpha": 0.5, "gamma": 1.5}
+        options |= {"beta": 3.0, "alpha": 0.5, "gamma": 0.5 if _is_stratified(c) else 1.5}
+        if _is_stratified(c):
+            options |= {"sampling": "stratified", "dataset_size": 2 * c.batch + 1}
     if c.entry == "log_weights":
         options |= {"estimator": _log_weights_estimator(c), "noise": c.noise}
     if c.entry == "iwae":
@@ -453,7 +455,8 @@ def _results(built, q, p, z, log_likelihood, log_ratio, log_w, share, r) -> dict
         whole, each = _aggregate(built, q, z)
         own = families.density(q, z)
         log_p = families.density(p, z)
-        term = 0.5 * (own - whole) + 3.0 * (whole - each) + 1.5 * (each - log_p)
+        gamma = 0.5 if _is_stratified(c) else 1.5
+        term = 0.5 * (own - whole) + 3.0 * (whole - each) + gamma * (each - log_p)
         return _reduced(c, (log_likelihood - r(term, absolute=1.0)).mean(0))
     value = oracle.BOUNDS[c.objective].value if c.entry == "bound" else oracle.lme
     return _reduced(c, value(log_w), log_likelihood.mean(0), -log_ratio.mean(0))
@@ -467,14 +470,25 @@ def _reduced(case: Case, bound: Tensor, log_likelihood: Any = None, kl: Any = No
 
 def _aggregate(built: Built, q: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     """Return log q(z) and Σ log q(z_d) of this batch's mixture."""
-    n = math.log(max(built.case.batch, 1))
+    batch = built.case.batch
+    weights = torch.full((batch, batch), -math.log(max(batch, 1)), dtype=torch.float64)
+    if _is_stratified(built.case):
+        size, others = 2 * batch + 1, batch - 1
+        weights.fill_(-math.log(others))
+        for b in range(batch):
+            weights[b, b] = -math.log(size)
+            weights[b, (b + 1) % batch] = math.log((size - others) / (size * others))
     if isinstance(q, torch.distributions.MultivariateNormal):
         variance = q.covariance_matrix.diagonal(dim1=-2, dim2=-1)
         marginal = torch.distributions.Normal(q.loc, variance.sqrt())
     else:
         marginal = q
-    each = torch.logsumexp(marginal.log_prob(z.unsqueeze(2)), 2) - n
-    return torch.logsumexp(families.density(q, z.unsqueeze(2)), 2) - n, each.sum(-1)
+    each = torch.logsumexp(marginal.log_prob(z.unsqueeze(2)) + weights[:, :, None], 2)
+    return torch.logsumexp(families.density(q, z.unsqueeze(2)) + weights, 2), each.sum(-1)
+
+
+def _is_stratified(case: Case) -> bool:
+    return case.entry == "beta_tc" and case.batch > 1 and case.k % 2 == 0
 
 
 def _gradients(
