@@ -74,11 +74,13 @@ def _is_tensor(value: Any) -> bool:
 
 def are_rows(mu: Any, logvar: Any) -> bool:
     """Return True if (mu, logvar) are common: dense tensors [B, D] of one floating dtype and device."""
+    if not (isinstance(mu, Tensor) and isinstance(logvar, Tensor)):
+        return False
+    # Without a function's call for each property, which would cost more than they do.
     return (
-        isinstance(mu, Tensor)
-        and isinstance(logvar, Tensor)
-        and is_dense(mu)
-        and is_dense(logvar)
+        mu.layout is torch.strided
+        and logvar.layout is torch.strided
+        and not (mu.is_nested or logvar.is_nested)
         and mu.dim() == 2
         and mu.shape == logvar.shape
         and mu.dtype == logvar.dtype
