@@ -94,11 +94,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of threads (default 1)")
     parser.add_argument("--cases", type=int, nargs="+", metavar="N", help="numbers of the cases, from 1")
     parser.add_argument("--budget", type=float, default=4.0, help="seconds of rounds per case (default 4)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results", help="folder of the CSV")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "results", help="folder of the CSV"
+    )
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, a quick test; nothing is written")
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
-    parser.add_argument("--recorded", action="store_true", help="print the recorded table, and measure nothing")
+    parser.add_argument(
+        "--recorded", action="store_true", help="print the recorded table, and measure nothing"
+    )
     options = parser.parse_args(arguments)
     wanted = options.cases or range(1, len(CASES) + 1)
     if any(not 1 <= n <= len(CASES) for n in wanted):
