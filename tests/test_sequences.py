@@ -36,7 +36,7 @@ def test_the_page_runs():
 
 
 def _check_two_calls(space):
-    """The second call's KL is that of the same q to the transition's normal, and z is the first call's."""
+    """Assert that z is the first call's, and the KL that of the same q to the transition's normal."""
     mu, logvar, z, (m, v) = (space[name] for name in ("mu", "logvar", "z", "prior"))
     eps = normal(space["seed"], 1, *mu.shape)[0]
     torch.testing.assert_close(z, mu + torch.exp(0.5 * logvar) * eps, rtol=1e-5, atol=1e-5)

@@ -93,7 +93,8 @@ def test_bits_are_those_of_the_general_path(name, objective, whole, monkeypatch)
 @pytest.mark.parametrize(
     "options",
     [
-        {"k": 1}, {"beta": 0.3}, {"reduction": "none"}, {"reduction": "sum", "beta": 4.0}, {"k": 2, "beta": 1e-3},
+        {"k": 1}, {"beta": 0.3}, {"reduction": "none"}, {"reduction": "sum", "beta": 4.0},
+        {"k": 2, "beta": 1e-3},
         {"kl": "mc"}, {"beta": 0.0}, {"free_bits": 0.1}, {"beta": 2}, {"row_offset": 3},
         {"estimator": "stl"}, {"estimator": "dreg"}, {"noise": "qmc"}, {"k_chunk": 2},
     ],

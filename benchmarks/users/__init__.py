@@ -1,8 +1,8 @@
 """``python -m benchmarks users``: whole training steps of models shaped like public codes.
 
 zero_grad, forward, loss, backward and Adam: as the codes' authors write them, in eager PyTorch and under
-torch.compile, and with fastvae. A step is not timed if its loss or a gradient differs from eager PyTorch's of the
-same noise.
+torch.compile, and with fastvae. A step is not timed if its loss or a gradient differs from eager PyTorch's
+for the same noise.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, a quick test; nothing is written")
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
-    parser.add_argument(
-        "--recorded", action="store_true", help="print the recorded table, and measure nothing"
-    )
+    parser.add_argument("--recorded", action="store_true", help="print the recorded table")
     options = parser.parse_args(arguments)
     wanted = options.cases or range(1, len(CASES) + 1)
     if any(not 1 <= n <= len(CASES) for n in wanted):

@@ -23,8 +23,8 @@ from .chunks import chunked
 from .from_weights import bound_from_weights
 from .options import Terms
 from .reduce import reduce_draws, reduce_samples
-from .usual import usual_bound
 from .row_gradients import Float16Gradients, check_rows_apart
+from .usual import usual_bound
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -6,7 +6,6 @@ which computes the same numbers from the same random state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,7 +104,7 @@ _numbers: dict[str, int] = {}
 
 
 def _number_of_outputs(known: Declared, x: Tensor) -> int:
-    """Return the number of a likelihood's outputs; 0 if it has some of its own, or its own way to read them."""
+    """Return the number of a likelihood's outputs; 0 if it has some of its own, or reads them in its way."""
     number = _numbers.get(known.name)
     if number is None:
         own = type(known).fused is not Declared.fused or not known.is_declared or known.converts
