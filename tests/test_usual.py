@@ -114,6 +114,29 @@ def test_options_change_nothing(options, monkeypatch):
     torch.testing.assert_close(fast, general, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli", "poisson"])
+def test_data_that_needs_a_gradient_gets_it(name, monkeypatch):
+    """x gets the general path's gradient, or its refusal for counts."""
+    x = _data(name).requires_grad_()
+    encoder, _, decoder = _networks(name)
+    q = encoder(x.detach()).detach()
+
+    def run():
+        try:
+            return _run("iwae", x, q, decoder, [x], likelihood=name, k=K)
+        except ValueError as error:
+            return str(error)
+
+    fast = run()
+    _general(monkeypatch)
+    general = run()
+    if name == "poisson":
+        assert "has none for x" in fast and fast == general
+    else:
+        assert general[1][0] is not None
+        torch.testing.assert_close(fast, general, rtol=0, atol=0)
+
+
 class _Output:
     def __init__(self, sample):
         self.sample = sample
