@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae import likelihoods
 from fastvae.core.backend import LEFT_OUT
 from fastvae.likelihoods.declared import SHARED
 from fastvae.objectives import usual
@@ -88,6 +89,79 @@ def test_bits_are_those_of_the_general_path(name, objective, whole, monkeypatch)
     general = run()
     assert count.calls == 1
     torch.testing.assert_close(fast, general, rtol=0, atol=0)
+
+
+OBJECTS = {
+    "a number": lambda: likelihoods.Gaussian(scale=0.7),
+    "a row": lambda: likelihoods.Laplace(scale=0.5 + torch.arange(X) / X),
+    "a learned number": lambda: likelihoods.Logistic(scale=0.7, learned=True),
+    "a learned row": lambda: likelihoods.NegativeBinomial(0.5 + torch.arange(X) / X, learned=True),
+    "between the decoder's": lambda: likelihoods.ZeroInflatedNegativeBinomial(2.0),
+    "two": lambda: likelihoods.StudentT(df=4.0, scale=0.3),
+    "none": lambda: likelihoods.Bernoulli(),
+    "probabilities": lambda: likelihoods.Bernoulli(probs=True),
+    "a subclass": lambda: type("Own", (likelihoods.Gaussian,), {})(scale=0.7),
+    "an optimal scale": lambda: likelihoods.Gaussian(scale="optimal"),
+    "a row for each example": lambda: likelihoods.Gaussian(scale=torch.ones(B, X)),
+}
+GENERAL = ("probabilities", "a subclass", "an optimal scale", "a row for each example")
+
+
+@pytest.mark.parametrize("objective", ["elbo", "iwae"])
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_likelihoods_with_parameters_of_their_own(kind, objective, monkeypatch):
+    """Objects that own parameters, fixed or learned, have the bits of the general path, in a VAE, too."""
+    count = _Count(monkeypatch)
+    likelihood = OBJECTS[kind]()
+    number = {"between the decoder's": 2}.get(kind, 1)
+    x = _data("poisson") if likelihood.counts else _data("gaussian")
+    encoder, layer = nn.Linear(X, 2 * D), nn.Linear(D, number * X)
+
+    def decoder(z):
+        h = layer(z).sigmoid() if kind == "probabilities" else layer(z)
+        return h if number == 1 else h.chunk(number, 1)
+
+    vae = fastvae.VAE(encoder, decoder, likelihood=likelihood, modules=[layer], fuse=False)
+    parameters = list(vae.parameters())
+
+    def run():
+        options = {"k": K, "generator": generator(3)}
+        by_function = _run(objective, x, encoder(x), decoder, parameters, likelihood=likelihood, k=K)
+        value = getattr(vae, objective)(x, **options)
+        return *by_function, value, torch.autograd.grad(value, parameters)
+
+    fast = run()
+    assert count.calls == (0 if kind in GENERAL else 2)
+    torch.testing.assert_close(fast[:2], fast[2:], rtol=0, atol=0)
+    _general(monkeypatch)
+    torch.testing.assert_close(fast, run(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prior", [None, "standard_normal", "object", "pair"])
+def test_only_the_standard_prior_is_usual(prior, monkeypatch):
+    """N(0, I) as None or an object is usual; a name or a pair is not, and has the same value."""
+    count = _Count(monkeypatch)
+    x = _data("gaussian")
+    encoder, _, decoder = _networks("gaussian")
+    zeros = torch.zeros(D)
+    given = {"object": fastvae.distributions.StandardNormal(), "pair": (zeros, zeros)}.get(prior, prior)
+    value = fastvae.elbo(x, encoder(x), decoder, prior=given, generator=generator(3))
+    assert count.calls == (prior in (None, "object"))
+    expected = fastvae.elbo(x, encoder(x), decoder, generator=generator(3))
+    # Another prior's KL has one more product in each term.
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_number_of_inference_mode_can_be_trained_with(monkeypatch):
+    """The tensor of a fixed scale, shared by later calls, may first be needed in inference mode."""
+    usual._number.cache_clear()
+    x, layer = _data("gaussian"), nn.Linear(D, X)
+    likelihood = likelihoods.Gaussian(scale=0.123)
+    with torch.inference_mode():
+        first = fastvae.elbo(x, torch.zeros(B, 2 * D), layer, likelihood=likelihood, generator=generator(3))
+    second = fastvae.elbo(x, torch.zeros(B, 2 * D), layer, likelihood=likelihood, generator=generator(3))
+    second.backward()
+    assert first == second.detach() and layer.weight.grad is not None
 
 
 @pytest.mark.parametrize(

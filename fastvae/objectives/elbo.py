@@ -136,14 +136,14 @@ def elbo(
         >>> (-bound).backward()
     """
     if (
-        (prior is None and mask is None and size_factor is None and context is None and not terms)
+        (mask is None and size_factor is None and context is None and not terms)
         and not torch.compiler.is_compiling()
         and (type(k) is int and k > 0 and type(row_offset) is int and row_offset == 0)
         and (type(beta) is float and 0 < beta < math.inf and type(free_bits) is float and free_bits == 0)
         and (kl == "analytic" and free_bits_per in FREE_BITS_PER and reduction in REDUCTIONS)
     ):
         how = _MEAN[reduction] if beta == 1 else BoundReduction(-beta, "mean", reduction)
-        usual = usual_bound(x, q, decoder, likelihood, k, how, None, generator)
+        usual = usual_bound(x, q, decoder, likelihood, prior, k, how, None, generator)
         if usual is not None:
             return usual
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))

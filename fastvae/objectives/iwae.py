@@ -147,12 +147,12 @@ def iwae(
     if how is not None and noise != "philox":
         how = None
     if (
-        (how is not None and prior is None and mask is None and size_factor is None and context is None)
+        (how is not None and mask is None and size_factor is None and context is None)
         and not torch.compiler.is_compiling()
         and (type(k) is int and k > 0 and type(row_offset) is int and row_offset == 0)
         and estimator in _ONE_PASS
     ):
-        usual = usual_bound(x, q, decoder, likelihood, k, how, estimator, generator)
+        usual = usual_bound(x, q, decoder, likelihood, prior, k, how, estimator, generator)
         if usual is not None:
             return usual
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
