@@ -38,6 +38,7 @@ SUBCOMMANDS = {
     "head_memory": "memory and time over K, with the decoder's last layer fused into the likelihood",
     "frontend": "overhead of an objective, with a decoder that costs nothing",
     "single_cell": "scvi-tools' model of counts against the same networks in fastvae",
+    "users": "whole training steps of models shaped like public codes",
     "picture": "the README's picture: the time of a call, and memory over K",
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from .core.checks import INTEGERS, check_choice, check_count
+from .core.checks import FLOATING, INTEGERS, check_choice, check_count
 from .core.hints import teaches
 from .core.nested import called, decoded, each, tensors
 from .core.options import OBJECTIVES, Objective
@@ -188,7 +188,8 @@ class VAE(nn.Module):
 
     def posterior(self, x: Any, context: Any = None) -> Distribution:
         """Return q(z|x), the encoder's output as a posterior object."""
-        if any(t.dtype in INTEGERS for t in tensors(x)):
+        floating = type(x) is Tensor and x.dtype in FLOATING
+        if not floating and any(t.dtype in INTEGERS for t in tensors(x)):
             self.likelihood.check(x)
             # The likelihood gets integer counts, the encoder gets them in the dtype of the parameters.
             dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)

@@ -25,18 +25,34 @@ PLACES = ON_CPU | ON_GPU
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def in_eager_mode() -> bool:
+    """Return True outside transforms, dispatch modes, tracing and forward-mode AD."""
+    return not (
+        functorch_is_active()
+        or dispatch_mode_depth()
+        or tracing_state() is not None
+        or forward_ad_is_active()
+    )
+
+
+def is_usual(t: Any) -> bool:
+    """Return True for a plain, dense, floating-point CPU tensor, which the C++ reads as it is."""
+    return (
+        type(t) in _PLAIN
+        and t.is_cpu
+        and t.dtype in FLOATING
+        and t.layout is torch.strided
+        and not (t.is_nested or t.is_neg() or is_functorch_wrapped(t))
+    )
+
+
 def plain(tensors: Sequence[Tensor | None]) -> int:
     """Return ``ON_CPU`` or ``ON_GPU``, plus ``WANTED`` if a tensor requires a gradient; 0 off the fast path.
 
     The fast path requires plain tensors in eager mode: no transform, dispatch mode, tracing, forward-mode AD,
     tensor subclass or mixed devices.
     """
-    if (
-        functorch_is_active()
-        or dispatch_mode_depth()
-        or tracing_state() is not None
-        or forward_ad_is_active()
-    ):
+    if not in_eager_mode():
         return 0
     found = 0
     for t in tensors:
@@ -58,11 +74,13 @@ def _is_tensor(value: Any) -> bool:
 
 def are_rows(mu: Any, logvar: Any) -> bool:
     """Return True if (mu, logvar) are common: dense tensors [B, D] of one floating dtype and device."""
+    if not (isinstance(mu, Tensor) and isinstance(logvar, Tensor)):
+        return False
+    # Without a function's call for each property, which would cost more than they do.
     return (
-        isinstance(mu, Tensor)
-        and isinstance(logvar, Tensor)
-        and is_dense(mu)
-        and is_dense(logvar)
+        mu.layout is torch.strided
+        and logvar.layout is torch.strided
+        and not (mu.is_nested or logvar.is_nested)
         and mu.dim() == 2
         and mu.shape == logvar.shape
         and mu.dtype == logvar.dtype

@@ -50,26 +50,28 @@ def repeat(value: Any, samples: int) -> Any:
 
 def called(name: str, function: Callable[..., Any], first: Any, context: Any) -> Any:
     """Call ``function(first)``, or ``function(first, context)``, with a note on errors."""
+    given = (first,) if context is None else (first, context)
+    return explained(function, given, lambda: note_of_call(name, first, context))
 
-    def note() -> str:
-        if name != "decoder":
-            what = f"x {described(first)}"
-        elif first.dim() != 2:
-            what = f"z [N, *latent] = {described(first)}"
-        else:
-            width = first.shape[1]
-            what = (
-                f"z [N, D] = {described(first)}, D = {width} being q's: that of mu, or half of a tensor "
-                f"[B, 2 D] = [B, {2 * width}], mu and logvar side by side"
-            )
-        if context is not None:
-            what += (
-                f" and context {described(context)}; with context= fastvae calls the {name} with it as the "
-                "second argument"
-            )
-        return f"fastvae called the {name} with {what}"
 
-    return explained(function, (first,) if context is None else (first, context), note)
+def note_of_call(name: str, first: Any, context: Any) -> str:
+    """Describe the inputs with which fastvae called a user's function."""
+    if name != "decoder":
+        what = f"x {described(first)}"
+    elif first.dim() != 2:
+        what = f"z [N, *latent] = {described(first)}"
+    else:
+        width = first.shape[1]
+        what = (
+            f"z [N, D] = {described(first)}, D = {width} being q's: that of mu, or half of a tensor "
+            f"[B, 2 D] = [B, {2 * width}], mu and logvar side by side"
+        )
+    if context is not None:
+        what += (
+            f" and context {described(context)}; with context= fastvae calls the {name} with it as the "
+            "second argument"
+        )
+    return f"fastvae called the {name} with {what}"
 
 
 def decoded(decoder: Callable[..., Any], z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:

@@ -183,7 +183,7 @@ class Declared(Likelihood):
             returned = self._read(x, parameters, samples, given)
         if not x.numel():
             return None
-        rows = [_of_the_event(p, returned[0], x) for p in given]
+        rows = [of_the_event(p, returned[0], x) for p in given]
         if any([row is None for row in rows]):
             return None
         if size_factor is not None:
@@ -245,7 +245,7 @@ class Declared(Likelihood):
             return None
         if any([type(t) not in (Tensor, nn.Parameter) or t.dtype != h.dtype for t in layer.tensors]):
             return None
-        rows = [_of_the_event(p, h, x) for p in given]
+        rows = [of_the_event(p, h, x) for p in given]
         if any([row is None for row in rows]):
             return None
         check_unchanged(layer)
@@ -316,7 +316,7 @@ def _dtype_of(parameters: Any) -> torch.dtype:
     return first.dtype
 
 
-def _of_the_event(parameter: float | Tensor, first: Tensor, x: Tensor) -> Tensor | None:
+def of_the_event(parameter: float | Tensor, first: Tensor, x: Tensor) -> Tensor | None:
     """Return a parameter as one number or one row [X], or None if it differs by example."""
     if not isinstance(parameter, Tensor):
         # The decoder may compute in half precision, which would round the parameter.

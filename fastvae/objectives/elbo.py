@@ -22,6 +22,7 @@ from ..ops.reduce import BoundReduction
 from ..random import draw_seed
 from .options import Terms
 from .reduce import reduce_draws, reduce_samples
+from .usual import usual_bound
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -136,6 +137,17 @@ def elbo(
         >>> bound = fastvae.elbo(x, encoder(x), decoder, likelihood="bernoulli")
         >>> (-bound).backward()
     """
+    if (
+        (mask is None and size_factor is None and context is None and not terms)
+        and not torch.compiler.is_compiling()
+        and (type(k) is int and k > 0 and type(row_offset) is int and row_offset == 0)
+        and (type(beta) is float and 0 < beta < math.inf and type(free_bits) is float and free_bits == 0)
+        and (kl == "analytic" and free_bits_per in FREE_BITS_PER and reduction in REDUCTIONS)
+    ):
+        how = _MEAN[reduction] if beta == 1 else BoundReduction(-beta, "mean", reduction)
+        usual = usual_bound(x, q, decoder, likelihood, prior, k, how, None, generator)
+        if usual is not None:
+            return usual
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     q, prior = inputs.q, inputs.prior
     k, beta, free_bits = _read_options(q, k, beta, free_bits, free_bits_per, kl, reduction)
@@ -180,6 +192,9 @@ def elbo(
     term = term if term.dim() == 1 else term.mean(0)
     divergence = -term if drawn is None else term
     return Terms(bound, log_likelihood, divergence, inputs.shaped(z, k), output)  # type: ignore[arg-type]
+
+
+_MEAN = {reduction: BoundReduction(-1.0, "mean", reduction) for reduction in REDUCTIONS}
 
 
 def _read_options(

@@ -24,6 +24,7 @@ from .from_weights import bound_from_weights
 from .options import Terms
 from .reduce import reduce_draws, reduce_samples
 from .row_gradients import Float16Gradients, check_rows_apart
+from .usual import usual_bound
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -144,13 +145,24 @@ def iwae(
         >>> bound = fastvae.iwae(x, encoder(x), decoder, k=50, likelihood="bernoulli", estimator="dreg")
         >>> (-bound).backward()
     """
+    how = _LOG_MEAN_EXP.get(reduction) if type(reduction) is str and k_chunk is None and not terms else None
+    if how is not None and noise != "philox":
+        how = None
+    if (
+        (how is not None and mask is None and size_factor is None and context is None)
+        and not torch.compiler.is_compiling()
+        and (type(k) is int and k > 0 and type(row_offset) is int and row_offset == 0)
+        and estimator in _ONE_PASS
+    ):
+        usual = usual_bound(x, q, decoder, likelihood, prior, k, how, estimator, generator)
+        if usual is not None:
+            return usual
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     if type(k) is not int or k < 1:
         k = check_count("k", k, "the importance samples per example")
     if estimator not in ESTIMATORS:
         check_choice("estimator", estimator, ESTIMATORS)
-    how = _LOG_MEAN_EXP.get(reduction) if type(reduction) is str and k_chunk is None and not terms else None
-    if how is not None and noise == "philox":
+    if how is not None:
         # Fast path: call the two ops directly.
         if type(row_offset) is not int or row_offset:
             _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
@@ -163,6 +175,8 @@ def iwae(
     return _bound(inputs, _IWAE[estimator], None, k, *options)
 
 
+# Estimators that need no check of the decoder.
+_ONE_PASS = ("iwae", "stl")
 _IWAE = {estimator: IWAE(estimator=estimator) for estimator in ESTIMATORS}
 _LOG_MEAN_EXP = {reduction: BoundReduction(1.0, "log_mean_exp", reduction) for reduction in REDUCTIONS}
 

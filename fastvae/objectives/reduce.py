@@ -34,6 +34,20 @@ def reduce_draws(
         parameters = inputs.read_output(z, output, samples)
     else:
         parameters = inputs.decode(z, samples)
+    return *reduce_parameters(inputs, z, parameters, term, samples, beta, how, terms), output
+
+
+def reduce_parameters(
+    inputs: Inputs,
+    z: Tensor,
+    parameters: Any,
+    term: Tensor,
+    samples: int,
+    beta: Tensor | None,
+    how: BoundReduction,
+    terms: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute :func:`reduce_draws` from the decoder's output, which :class:`Inputs` has read."""
     takes_fused = beta is None or not beta.requires_grad
     fused = (
         inputs.likelihood.fused(inputs.x, parameters, samples, inputs.conditioning) if takes_fused else None
@@ -42,9 +56,9 @@ def reduce_draws(
         name, x, parameters, mask = fused
         # From the decoder's output, or from the input of its last layer.
         if isinstance(parameters, Layers):
-            return *reduce_linear(name, x, parameters, term, beta, how, terms), output
-        return *reduce(name, x, parameters, term, beta, how, terms, mask), output
-    return *reduce_samples(inputs.log_prob(z, parameters, samples), term, beta, how), output
+            return reduce_linear(name, x, parameters, term, beta, how, terms)
+        return reduce(name, x, parameters, term, beta, how, terms, mask)
+    return reduce_samples(inputs.log_prob(z, parameters, samples), term, beta, how)
 
 
 def reduce_samples(

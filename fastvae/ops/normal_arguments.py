@@ -102,8 +102,10 @@ def options(form: Form | None) -> dict[str, Any]:
 
 def prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, row_offset, flat):
     """Validate the arguments and convert them to those of the schema."""
-    if are_rows(mu, logvar) and prior is None:
+    if prior is None and are_rows(mu, logvar):
         prior_mu = prior_logvar = None
+    elif type(prior) is tuple and len(prior) == 2 and are_rows(mu, logvar) and _are_alike(mu, *prior):
+        prior_mu, prior_logvar = prior
     else:
         mu, logvar, prior_mu, prior_logvar = _check_tensors(mu, logvar, prior)
     # Literals, which a compiler treats as constants.
@@ -117,6 +119,16 @@ def prepare(mu, logvar, form, prior, seed, generator, samples, sample_offset, ro
     seed = random.draw_seed(mu.device, generator) if seed is None else check_seed(seed, mu.device)
     draw = Draw(samples, sample_offset, row_offset, logvar_min, logvar_max, flat, scale, floor)
     return mu, logvar, prior_mu, prior_logvar, seed, draw
+
+
+def _are_alike(mu, prior_mu, prior_logvar):
+    """Return True for a prior [B, D] of mu's dtype and device: of a recurrent model, of each example."""
+    return (
+        are_rows(prior_mu, prior_logvar)
+        and prior_mu.shape == mu.shape
+        and prior_mu.dtype == mu.dtype
+        and prior_mu.device == mu.device
+    )
 
 
 def _check_tensors(mu, logvar, prior):

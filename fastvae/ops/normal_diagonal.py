@@ -224,6 +224,21 @@ def flat_log_ratio(
     return _rsample_log_ratio(*arguments, estimator, alpha, groups, False)[:2]
 
 
+def direct_draw(
+    mu: Tensor, logvar: Tensor, seed: Tensor, samples: int, estimator: str | None
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`flat_log_ratio`, or :func:`flat_kl` without an estimator, by :meth:`Op.direct`."""
+    draw = _ONE_DRAW if samples == 1 else Draw(samples, 0, 0, -math.inf, math.inf, True)
+    wanted = (mu.requires_grad or logvar.requires_grad) and torch.is_grad_enabled()
+    if estimator is None:
+        return _rsample_kl.direct(wanted, mu, logvar, None, None, seed, draw, False)[:2]
+    options = estimator, 0.0, 1, False
+    return _rsample_log_ratio.direct(wanted, mu, logvar, None, None, seed, draw, *options)[:2]
+
+
+_ONE_DRAW = Draw(1, 0, 0, -math.inf, math.inf, True)
+
+
 # Helpers shared by the two ops
 
 

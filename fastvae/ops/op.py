@@ -135,6 +135,18 @@ class Op:
             results = node.apply(*args) if wanted else function(*args)
         return results if self.shown is None else results[: self.shown]
 
+    def direct(self, wanted: bool, *args: Any) -> Any:
+        """Return all results of the C++ for arguments that the caller has found fit for the fast path.
+
+        Args:
+            wanted: whether autograd will request gradients.
+            args: plain CPU tensors, in eager mode on the native backend, and the other arguments.
+        """
+        function, node, _ = self._ways[ON_CPU, "native"]
+        if self.takes_keep:
+            args = (*args, wanted)
+        return node.apply(*args) if wanted else function(*args)
+
     def _register(self, overload: str) -> Any:
         """Register an overload of the op, with all kernels below autograd."""
         name = f"{self.name}.{overload}" if overload else self.name

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..core import backend as _backend
+from ..core.torch_private import any_requires_grad
 from ._contract import Contract
 from .likelihood import Declaration, refuse, result_dtype
 from .op import Op, or_none
@@ -103,6 +104,15 @@ def reduce(
     """
     bound, mean, *_ = _reduce[likelihood](x, mask, *parameters, term, beta, how, terms)
     return bound, mean if terms else None
+
+
+def direct_reduce(
+    likelihood: str, x: Tensor, parameters: tuple[Tensor, ...], term: Tensor, how: BoundReduction
+) -> Tensor:
+    """Return the bound of :func:`reduce` by :meth:`Op.direct`."""
+    wanted = torch.is_grad_enabled() and any_requires_grad(x, term, *parameters)
+    bound: Tensor = _reduce[likelihood].direct(wanted, x, None, *parameters, term, None, how, False)[0]
+    return bound
 
 
 _HOW = "float coefficient, str over, str reduction, float alpha, SymInt groups, float share"
