@@ -68,6 +68,8 @@ def recorded(likelihoods):
         total = total + ops.log_mean_exp(_leaf(K, B)).square().sum()
         total = total + ops.mixture_log_prob(_leaf(B, D), _leaf(U, D), _leaf(U, D), _leaf(U)).sum()
         total = total + ops.categorical_log_prob(torch.ones(B, P), _leaf(K, B, U, P)).sum()
+        mask = cases.mask_of("most", B, X).cpu()
+        total = total + ops.multinomial_log_prob(torch.ones(B, X), _leaf(K, B, X), mask=mask).sum()
         each = _leaf(K, B, U, E, P)
         logits, x = _leaf(K, B, U, P), torch.zeros(B, E, P)
         parts = (each, each, each)
