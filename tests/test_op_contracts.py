@@ -70,6 +70,8 @@ def recorded(likelihoods):
         whole, each = ops.aggregate_log_prob(_leaf(B, D), _leaf(U, D), _leaf(U, D))
         total = total + whole.square().sum() + each.square().sum()
         total = total + ops.categorical_log_prob(torch.ones(B, P), _leaf(K, B, U, P)).sum()
+        mask = cases.mask_of("most", B, X).cpu()
+        total = total + ops.multinomial_log_prob(torch.ones(B, X), _leaf(K, B, X), mask=mask).sum()
         each = _leaf(K, B, U, E, P)
         logits, x = _leaf(K, B, U, P), torch.zeros(B, E, P)
         parts = (each, each, each)
