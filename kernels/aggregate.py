@@ -38,7 +38,9 @@ TERMS = tl.constexpr(64)
 MIN_TILE, ELEMENTS, MARGINALS = 128, 4, 16
 
 
-@triton.jit(do_not_specialize=["N", "u_tiles", "dataset_size"], do_not_specialize_on_alignment=["u_splits"])
+@triton.jit(
+    do_not_specialize=["N", "U", "u_tiles", "dataset_size"], do_not_specialize_on_alignment=["u_splits"]
+)
 def aggregate_kernel(
     p_z,  # [N, D]
     p_mean,  # [D, UP]
@@ -89,7 +91,7 @@ def aggregate_kernel(
         tl.store(p_total + o_out, b_sum, mask=o_n < N)
 
 
-@triton.jit(do_not_specialize=["N", "dataset_size"])
+@triton.jit(do_not_specialize=["N", "U", "dataset_size"])
 def aggregate_marginals_kernel(
     p_z,  # [N, D]
     p_mu,  # [U, D]
@@ -160,7 +162,7 @@ def _whole(z, mean, inverse, constant, dataset_size) -> Call:
         (splits * cdiv(n, block_n),),
         (None if splits > 1 else Result((n,), dtype), part, part),
         (
-            *(n, fixed(u), fixed(d), fixed(mean.shape[1]), each, splits, dataset_size),
+            *(n, u, fixed(d), mean.shape[1], each, splits, dataset_size),
             *matrix_strides(z),
         ),
         {
@@ -187,7 +189,7 @@ def _marginals(z, mu, logvar, scale, dataset_size) -> Call:
         (cdiv(n, block_n), cdiv(d, block_d)),
         (Result((n, d), dtype),),
         (
-            *(n, fixed(u), fixed(d), dataset_size),
+            *(n, u, fixed(d), dataset_size),
             *(*matrix_strides(z), *matrix_strides(mu), *matrix_strides(logvar)),
         ),
         {

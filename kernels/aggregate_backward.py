@@ -16,7 +16,17 @@ from .common import LAUNCH, accumulator, cdiv, load, power_of_two, split_program
 from .elementary import exp
 from .launching import Call, Result, fixed, planned
 from .logsumexp import finite_shift
-from .mixture import MAX_SHARES, ROWS_UNROLLED, TILE_D, matrix_strides, prepare, scores, splits_of, tile_of
+from .mixture import (
+    MAX_SHARES,
+    ROWS_UNROLLED,
+    THREAD,
+    TILE_D,
+    matrix_strides,
+    prepare,
+    scores,
+    splits_of,
+    tile_of,
+)
 
 
 @triton.jit
@@ -27,7 +37,7 @@ def share_of(b_grad, b_score, b_log_q, TINY: tl.constexpr):
     return tl.where((b_scale == 0) | (tl.abs(b_r) < TINY), 0.0, b_r)
 
 
-@triton.jit(do_not_specialize=["N", "dataset_size"], do_not_specialize_on_alignment=["u_tiles"])
+@triton.jit(do_not_specialize=["N", "U", "dataset_size"], do_not_specialize_on_alignment=["u_tiles"])
 def aggregate_shares_kernel(
     p_grad,  # [N]
     p_log_q,  # [N]
@@ -213,14 +223,14 @@ def aggregate_components_kernel(
 def _shares(grad, log_q, z, mean, inverse, constant, dataset_size) -> Call:
     (n, d), u = z.shape, len(constant)
     dtype = accumulator(z)
-    block_n, block_u, warps = tile_of(n, u, dtype)
+    block_n, block_u, warps = tile_of(n, u, dtype, THREAD // 2)
     u_tiles = cdiv(u, block_u)
     return Call(
         aggregate_shares_kernel,
         (u_tiles * cdiv(n, block_n),),
         (Result((n, mean.shape[1]), dtype),),
         (
-            *(n, fixed(u), fixed(d), fixed(mean.shape[1]), u_tiles, dataset_size),
+            *(n, u, fixed(d), mean.shape[1], u_tiles, dataset_size),
             *(*strides(grad, 1), *strides(log_q, 1), *matrix_strides(z)),
         ),
         {
@@ -253,7 +263,7 @@ def _rows(share, grad, log_q, z, mu, logvar, scale, dataset_size) -> Call:
         (splits * cdiv(n, block_n), cdiv(d, block_d)),
         (Result((n, d), dtype, splits),),
         (
-            *(n, u, fixed(d), fixed(padded), each, splits, dataset_size),
+            *(n, u, fixed(d), padded, each, splits, dataset_size),
             *_strides_of(grad, log_q, z, mu, logvar),
         ),
         {
@@ -280,7 +290,7 @@ def _components(share, grad, log_q, z, mu, logvar, dataset_size, need) -> Call:
         (splits * cdiv(u, block_u), cdiv(d, block_d)),
         tuple(Result((u, d), dtype, splits) if wanted else None for wanted in need),
         (
-            *(n, u, fixed(d), fixed(padded), each, splits, dataset_size),
+            *(n, u, fixed(d), padded, each, splits, dataset_size),
             *_strides_of(grad, log_q, z, mu, logvar),
         ),
         {

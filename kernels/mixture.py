@@ -49,7 +49,7 @@ TILE_D = 64
 MAX_SHARES = 1 << 24
 
 
-@triton.jit(do_not_specialize_on_alignment=["d_splits"])
+@triton.jit(do_not_specialize=["U"], do_not_specialize_on_alignment=["d_splits"])
 def prepare_kernel(
     p_mu,  # [U, D]
     p_logvar,  # [U, D]
@@ -325,7 +325,7 @@ def prepare(mu, logvar, log_weight, need_scale) -> Call:
         (splits * cdiv(padded, block_u),),
         (transposed, transposed, Result((u, d), dtype) if need_scale else None, Result((u,), dtype, splits)),
         (
-            *(fixed(u), fixed(d), fixed(padded), each, splits),
+            *(u, fixed(d), padded, each, splits),
             *(*matrix_strides(mu), *matrix_strides(logvar), *strides(log_weight, 1)),
         ),
         {"DTYPE": triton_dtype(dtype), "BLOCK_U": block_u, "BLOCK_D": block_d},

@@ -144,6 +144,8 @@ OF_A_ROW = {
     *(("mixture_kernel", "p_z"), ("mixture_shares_kernel", "p_z")),
     *(("mixture_rows_kernel", "p_share"), ("mixture_components_kernel", "p_share")),
     *(("prepare_kernel", "p_constant"), ("aggregate_kernel", "p_z"), ("aggregate_shares_kernel", "p_z")),
+    # Of a batch, whose size is not known to the compiler: masked one by one.
+    *(("aggregate_kernel", "p_constant"), ("aggregate_shares_kernel", "p_constant")),
     *(("aggregate_rows_kernel", "p_share"), ("aggregate_components_kernel", "p_share")),
 }
 # Kernels of which a thread of a wavefront of 64 may take two numbers, or rows of 50, which allow 8 bytes.
