@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastvae
-from fastvae.likelihoods import Gaussian, Joint
+from fastvae.likelihoods import Columns, Gaussian, Joint
 
 from .case import LOG_2PI, Case, Noise, mlp, standard_kl
 from .images import Pair
@@ -29,8 +29,8 @@ def _build_tvae(
     classes = _classes(categorical)
     width = numeric + sum(classes)
     body = nn.Sequential(mlp(width, hidden, hidden), nn.ReLU())
-    parts = {f"c{i}": "categorical" for i in range(categorical)}
-    likelihood = Joint(numeric=Gaussian(torch.full((numeric,), 0.1), learned=True), **parts)
+    named = Columns([(f"c{i}", "categorical", c) for i, c in enumerate(classes)])
+    likelihood = Joint(numeric=Gaussian(torch.full((numeric,), 0.1), learned=True), classes=named)
     model = nn.ModuleDict(
         {
             "encoder": Pair(body, hidden, latent),
@@ -38,10 +38,9 @@ def _build_tvae(
             "likelihood": likelihood,
         }
     )
-    x = {"numeric": 2 * torch.rand(batch, numeric) - 1}
-    x |= {f"c{i}": torch.randint(c, (batch,)) for i, c in enumerate(classes)}
-    one_hot = [functional.one_hot(x[f"c{i}"], c).float() for i, c in enumerate(classes)]
-    return model, (torch.cat((x["numeric"], *one_hot), 1), x)
+    numbers, drawn = 2 * torch.rand(batch, numeric) - 1, [torch.randint(c, (batch,)) for c in classes]
+    one_hot = [functional.one_hot(d, c).float() for d, c in zip(drawn, classes, strict=True)]
+    return model, (torch.cat((numbers, *one_hot), 1), {"numeric": numbers, "classes": torch.stack(drawn, 1)})
 
 
 def _eager_tvae(model: Any, batch: Any, noise: Noise) -> Tensor:
@@ -56,7 +55,7 @@ def _eager_tvae(model: Any, batch: Any, noise: Noise) -> Tensor:
         error = x[:, i] - torch.tanh(recon[:, i])
         loss.append((error**2 / 2 / torch.exp(2 * log_sigma[i])).sum() + log_sigma[i] * len(x))
     start = numeric
-    for c in _classes(len(columns) - 1):
+    for c in _classes(columns["classes"].shape[1]):
         part = slice(start, start + c)
         loss.append(functional.cross_entropy(recon[:, part], x[:, part].argmax(-1), reduction="sum"))
         start += c
@@ -66,11 +65,10 @@ def _eager_tvae(model: Any, batch: Any, noise: Noise) -> Tensor:
 def _ours_tvae(model: Any, batch: Any) -> Tensor:
     x, columns = batch
     numeric = columns["numeric"].shape[1]
-    classes = _classes(len(columns) - 1)
 
     def decoder(z: Tensor) -> dict[str, Tensor]:
-        first, *others = model["decoder"](z).split((numeric, *classes), 1)
-        return {"numeric": torch.tanh(first)} | {f"c{i}": part for i, part in enumerate(others)}
+        recon = model["decoder"](z)
+        return {"numeric": torch.tanh(recon[:, :numeric]), "classes": recon[:, numeric:]}
 
     options = {"likelihood": model["likelihood"], "beta": 0.5}
     return -2 * fastvae.elbo(columns, model["encoder"](x), decoder, **options)

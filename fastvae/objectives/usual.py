@@ -78,7 +78,7 @@ def usual_bound(
         inputs = Inputs(x, diagonal(mu, logvar), decoder, known, STANDARD)
         return reduce_parameters(inputs, z, inputs.read_output(z, output, k), term, k, None, how, False)[0]
     if (known.reads or known.counts) and is_new(decoder):
-        look(decoder, known, x, output)
+        look(decoder, known, x, output, output)
     return direct_reduce(known.name, x, parameters, term, how)
 
 
