@@ -62,7 +62,7 @@ calls = {
     "bernoulli": lambda: grad(ops.bernoulli_log_prob(x, mean), mean),
     "log_mean_exp": lambda: grad(ops.log_mean_exp(log_w), log_w),
     "mixture": lambda: grad(ops.mixture_log_prob(mean, components, components), components),
-    "aggregate": lambda: grad(ops.aggregate_log_prob(mean, components, components), components),
+    "aggregate": lambda: grad(ops.aggregate_log_prob(mean.detach(), components, components), components),
     "normal": lambda: fastvae.random.normal(seed, 3, 6, 40),
 }
 with fastvae.use_backend("triton"):
