@@ -41,9 +41,9 @@ def usual_bound(
 ) -> Tensor | None:
     """Return the bound of a call without conditioning inputs, or None if it is not usual.
 
-    Usual are plain CPU tensors x [B, X] and q, a pair of [B, D], [B, 2 D] or a VAE's reading of these, in
-    eager mode on the native backend, one of fastvae's likelihoods with a fused op, and the prior N(0, I). A
-    decoder may return anything.
+    Usual are plain CPU tensors x [B, *event] and q, a pair of [B, D], [B, 2 D] or a VAE's reading of these,
+    in eager mode on the native backend, one of fastvae's likelihoods with a fused op, and the prior N(0, I).
+    A decoder may return anything.
 
     Args:
         x: data, not yet validated, as are the next four.
@@ -79,12 +79,14 @@ def usual_bound(
         return reduce_parameters(inputs, z, inputs.read_output(z, output, k), term, k, None, how, False)[0]
     if (known.reads or known.counts) and is_new(decoder):
         look(decoder, known, x, output, output)
+    if x.dim() > 2:
+        x, parameters = x.reshape(len(x), -1), tuple([_rows(p) for p in parameters])
     return direct_reduce(known.name, x, parameters, term, how)
 
 
 def _pair(x: Any, q: Any) -> tuple[Tensor, Tensor] | None:
-    """Return mu and logvar, [B, D] each, if they and x [B, X] are usual and x is not empty."""
-    if not is_usual(x) or x.dim() != 2 or not x.numel():
+    """Return mu and logvar, [B, D] each, if they and x [B, *event] are usual and x is not empty."""
+    if not is_usual(x) or x.dim() < 2 or not x.numel():
         return None
     if type(q) is Tensor:
         if not is_usual(q) or q.dim() != 2:
@@ -104,12 +106,12 @@ def _pair(x: Any, q: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _parameters(known: Declared, x: Tensor, k: int, output: Any) -> tuple[Tensor, ...] | None:
-    """Return all parameters of the fused op if the decoder's are usual, [K·B, X] each, else None."""
+    """Return all parameters of the fused op if the decoder's are usual, [K·B, *event] each, else None."""
     returned = output if type(output) is tuple else (output,)
     given = known._given(x)
     if len(returned) + len(given) != len(known.outputs) or not in_eager_mode():
         return None
-    shape = (k * x.shape[0], x.shape[1])
+    shape = (k * x.shape[0], *x.shape[1:])
     if not all([is_usual(p) and p.shape == shape for p in returned]):
         return None
     if not given:
@@ -117,6 +119,11 @@ def _parameters(known: Declared, x: Tensor, k: int, output: Any) -> tuple[Tensor
     wide = accumulator(returned[0].dtype)
     own = [_number(p, wide) if type(p) is float else of_the_event(p, returned[0], x) for p in given]
     return known._arranged(returned, own) if all([is_usual(p) for p in own]) else None
+
+
+def _rows(parameter: Tensor) -> Tensor:
+    """Return an output as rows [K·B, X]; a likelihood's own number or row as it is."""
+    return parameter if parameter.dim() < 2 else parameter.reshape(len(parameter), -1)
 
 
 @functools.lru_cache(64)
