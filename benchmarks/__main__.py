@@ -25,6 +25,8 @@ MODULES = (
     "normal_full",
     "likelihood",
     "components",
+    "categorical",
+    "multinomial",
     "mixture",
     "aggregate",
     "codebook",

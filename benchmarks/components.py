@@ -1,4 +1,4 @@
-"""Likelihoods with a component axis, and counts with one dispersion per gene."""
+"""Mixtures over a component axis, and counts with one dispersion per gene."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from .normal_diagonal import EXP
 
 # Required speed-ups on a CPU, forward and backward.
 COUNTS = {"eager": 5.0, COMPILE: 2.0}
-CLASSES = {"eager": 2.0, COMPILE: 1.0}
 MIXTURE = {"eager": 3.0, COMPILE: 1.2}
 
 
 def works(place: Place = CPU):
     for name in EAGER_COUNTS:
         yield from counts(name, 64, 2000, place)
-    yield from categorical(64, 256, 784, place)
-    yield from categorical(320, 1000, 32, place)
     yield from mixture(64, 10, 1024, place)
 
 
@@ -43,10 +40,6 @@ def eager_zero_inflated_negative_binomial(x, log_mean, log_inverse_dispersion, d
     gammas = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
     other = -softplus + rest + x * (torch.log(mu + eps) - log_sum) + gammas
     return ((x < eps).to(zero.dtype) * zero + (x > eps).to(zero.dtype) * other).sum(-1)
-
-
-def eager_categorical(x, logits):
-    return -functional.cross_entropy(logits, x.long(), reduction="none").sum(-1)
 
 
 def eager_mixture(x, logits, location, log_scale, coefficients):
@@ -94,26 +87,6 @@ def counts(name: str, cells: int, genes: int, place: Place = CPU):
         place=place,
         tolerance=1e-4,
     )
-
-
-def categorical(rows: int, classes: int, positions: int, place: Place = CPU):
-    n, size = rows * classes * positions, place.dtype.itemsize
-    yield from op_works(
-        "categorical_log_prob",
-        f"{rows}×{classes}×{positions}",
-        lambda: (
-            torch.randint(classes, (rows, positions), dtype=torch.int32, device=place.device),
-            place.randn(rows, classes, positions, requires_grad=True),
-        ),
-        {OURS: ops.categorical_log_prob, "eager": eager_categorical},
-        lambda outputs, *wide: eager_categorical(*wide),
-        sampling=False,
-        elements=n,
-        moved=(size * n, 3 * size * n),
-        operations=(n * (EXP + 5), n * (2 * EXP + 8)),
-        target=CLASSES,
-        place=place,
-    )  # fmt: skip
 
 
 def mixture(rows: int, components: int, positions: int, place: Place = CPU):

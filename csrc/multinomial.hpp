@@ -8,6 +8,7 @@
 #define FASTVAE_MULTINOMIAL_HPP
 #endif
 
+#include "categorical.hpp"
 #include "common.hpp"
 #include "elementary.hpp"
 #include "logsumexp.hpp"
@@ -22,17 +23,31 @@ template <class C>
 FASTVAE_LOOP double sum_of_products(int n, C shift, const C* x, const C* a) {
   return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return x[i] == C(0) ? C(0) : x[i] * (a[i] - shift); });
 }
+// The sum of counts, the least, and whether one is neither 0 nor 1.
 template <class C>
-FASTVAE_LOOP double sum_of(int n, const C* x) {
-  return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return x[i]; });
-}
-// Bits: 1 if a count is negative, 2 if one is neither 0 nor 1.
+struct Counted {
+  double sum;
+  C least;
+  bool other;
+};
 template <class C>
-FASTVAE_LOOP int kinds_of_counts(int n, const C* x) {
-  int found = 0;
-#pragma omp simd reduction(| : found)
-  for (int i = 0; i < n; ++i) found |= (x[i] < C(0) ? 1 : 0) | (x[i] == C(0) || x[i] == C(1) ? 0 : 2);
-  return found;
+FASTVAE_LOOP Counted<C> count(int n, const C* x) {
+  constexpr int block = 16 * kLanes<C>;
+  double total = 0;
+  C least = 0, most = 0;
+  for (int first = 0; first < n; first += block) {
+    const int last = n - first < block ? n : first + block;
+    C part = 0;
+#pragma omp simd reduction(+ : part) reduction(min : least) reduction(max : most)
+    for (int i = first; i < last; ++i) {
+      const C other = x[i] * (x[i] - C(1));  // 0 for 0 and 1; negative in between
+      part += x[i];
+      least = x[i] < least ? x[i] : least;
+      most = abs_(other) > most ? abs_(other) : most;
+    }
+    total += part;
+  }
+  return {total, least, most > C(0)};
 }
 // out = g x - gn exp(a - normaliser).
 template <class C>
@@ -85,9 +100,6 @@ struct CountReader {
 
   explicit CountReader(const CountRows& call)
       : a(call), of_x(storage<C>(call.x.dtype)), of_logits(storage<C>(call.logits.dtype)) {}
-  const i64* begins() const { return pointer<const i64>(a.begins.data); }
-  i64 column(i64 j) const { return pointer<const i64>(a.columns.data)[j * a.columns.s0]; }
-  i64 begin(i64 b) const { return begins()[b * a.begins.s0]; }
 
   void look(i64 b, i64 first, int n) {
     if (!a.mask.data) return;
@@ -95,19 +107,8 @@ struct CountReader {
     seen = a.mask.s1 == 1 ? from : seen_buffer;
     for (int i = 0; i < n && a.mask.s1 != 1; ++i) seen_buffer[i] = from[i * a.mask.s1];
   }
-  // Counts of a block; `j` walks along the columns of a sparse row. After look().
-  const C* counts(i64 b, i64 first, int n, i64& j, i64 end) {
-    if (a.begins.data) {
-      fill(x_buffer, C(0), n);
-      C one;
-      for (; j < end && column(j) < first + n; ++j) {
-        const i64 i = column(j) - first;
-        if (i >= 0)
-          x_buffer[i] += *of_x.load(&one, a.x.data + static_cast<address>(j * a.x.s0 * of_x.size), 0, 1);
-      }
-      if (seen) where_seen(n, seen, C(0), x_buffer, x_buffer);
-      return x_buffer;
-    }
+  // Counts and logits of a block, after look().
+  const C* counts(i64 b, i64 first, int n) {
     const i64 offset = b * a.x.s0 + first * a.x.s1;
     const C* x = of_x.load(x_buffer, a.x.data + static_cast<address>(offset * of_x.size), a.x.s1, n);
     if (!seen) return x;
@@ -115,45 +116,71 @@ struct CountReader {
     return x_buffer;
   }
   const C* logits(i64 row, i64 first, int n) {
-    const i64 offset = row * a.logits.s0 + first * a.logits.s1;
-    const C* s =
-        of_logits.load(buffer, a.logits.data + static_cast<address>(offset * of_logits.size), a.logits.s1, n);
+    const C* s = of_logits.load(buffer, logit_at(row, first), a.logits.s1, n);
     if (!seen) return s;
     where_seen(n, seen, -infinity(C(0)), s, masked);
     return masked;
   }
+
+  // The entries of a sparse row: from begin(b) to begin(b + 1).
+  bool sparse() const { return a.begins.data != 0; }
+  i64 begin(i64 b) const { return pointer<const i64>(a.begins.data)[b * a.begins.s0]; }
+  i64 column(i64 j) const { return pointer<const i64>(a.columns.data)[j * a.columns.s0]; }
+  C value(i64 b, i64 j) const {
+    if (a.mask.data && !pointer<const std::uint8_t>(a.mask.data)[b * a.mask.s0 + column(j) * a.mask.s1])
+      return 0;
+    C one;
+    return *of_x.load(&one, a.x.data + static_cast<address>(j * a.x.s0 * of_x.size), 0, 1);
+  }
+  C logit(i64 row, i64 column) const {
+    C one;
+    return *of_logits.load(&one, logit_at(row, column), 0, 1);
+  }
+  // Whether columns ascend in [0, X).
+  bool in_order(i64 b) const {
+    const i64 first = begin(b), end = begin(b + 1);
+    bool right = 0 <= first && first <= end && end <= a.x.n0;
+    for (i64 j = first; j < end && right; ++j)
+      right = column(j) >= (j > first ? column(j - 1) : 0) && column(j) < a.width();
+    return right;
+  }
+
+ private:
+  address logit_at(i64 row, i64 column) const {
+    const i64 offset = row * a.logits.s0 + column * a.logits.s1;
+    return a.logits.data + static_cast<address>(offset * of_logits.size);
+  }
 };
 
-// What all samples share: the number of counts, and the coefficient's logarithm.
+// What all samples share: the number of counts, the coefficient's logarithm, and whether x is valid.
 struct CountTotals {
   double n = 0, coefficient = 0;
-  int kinds = 0;
-  bool in_order = true;
+  bool valid = true;
+
+  template <class C>
+  void add(int size, const C* x, bool coefficients) {
+    const Counted<C> found = count(size, x);
+    n += found.sum;
+    valid &= !(found.least < C(0));
+    for (int i = 0; i < size && coefficients && found.other; ++i)
+      if (x[i] != C(0) && x[i] != C(1)) coefficient -= log_factorial(x[i]);
+  }
 };
 template <class C>
 CountTotals totals_of(CountReader<C>& r, i64 b, bool coefficient) {
   CountTotals t;
-  const i64 width = r.a.width();
-  i64 j = 0, end = 0;
-  if (r.a.begins.data) {
-    j = r.begin(b);
-    end = r.begin(b + 1);
-    t.in_order = 0 <= j && j <= end && end <= r.a.x.n0;
-    for (i64 i = j; i < end && t.in_order; ++i) {
-      const i64 least = i > j ? r.column(i - 1) : 0;
-      t.in_order = r.column(i) >= least && r.column(i) < width;
+  if (r.sparse()) {
+    t.valid = r.in_order(b);
+    for (i64 j = r.begin(b); t.valid && j < r.begin(b + 1); ++j) {
+      const C x = r.value(b, j);
+      t.add(1, &x, coefficient);
     }
-    if (!t.in_order) return t;
-  }
-  for (i64 first = 0; first < width; first += kTile) {
-    const int n = tile_width(width, first);
-    r.look(b, first, n);
-    const C* x = r.counts(b, first, n, j, end);
-    t.n += sum_of(n, x);
-    const int kinds = kinds_of_counts(n, x);
-    t.kinds |= kinds;
-    for (int i = 0; i < n && coefficient && (kinds & 2); ++i)
-      if (x[i] != C(0) && x[i] != C(1)) t.coefficient -= log_factorial(x[i]);
+  } else {
+    for (i64 first = 0; first < r.a.width(); first += kTile) {
+      const int n = tile_width(r.a.width(), first);
+      r.look(b, first, n);
+      t.add(n, r.counts(b, first, n), coefficient);
+    }
   }
   if (coefficient) t.coefficient += log_factorial(t.n);
   return t;
@@ -169,29 +196,37 @@ bool count_rows(const CountRows& a, bool coefficient, C* out, C* normaliser, C* 
       const i64 b = unit % batch;
       const CountTotals t = totals_of(r, b, coefficient);
       if (unit < batch) total[b] = static_cast<C>(t.n);
-      if (!t.in_order || (t.kinds & 1)) {
+      if (!t.valid) {
         __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
         return;
       }
       for (i64 k = 0; k < together; ++k) {
         const i64 row = unit + k * batch;
+        if (t.n == 0) {
+          normaliser[row] = out[row] = C(0);
+          continue;
+        }
         LogSum<C> sum;
-        double product = 0, before = 0;  // relative to the largest logit so far
-        i64 j = a.begins.data ? r.begin(b) : 0;
-        const i64 last = a.begins.data ? r.begin(b + 1) : 0;
-        for (i64 first = 0; first < width && t.n != 0; first += kTile) {
+        for (i64 first = 0; first < width; first += kTile) {
           const int n = tile_width(width, first);
           r.look(b, first, n);
-          const C *s = r.logits(row, first, n), old = shift_of(sum.top);
-          sum.add(n, s);
-          const C shift = shift_of(sum.top);
-          if (before != 0) product += before * (static_cast<double>(old) - static_cast<double>(shift));
-          const C* x = r.counts(b, first, n, j, last);
-          product += sum_of_products(n, shift, x, s);
-          before += sum_of(n, x);
+          sum.add(n, r.logits(row, first, n));
         }
-        normaliser[row] = static_cast<C>(t.n != 0 ? sum.value() : 0.0);
-        out[row] = static_cast<C>(t.n != 0 ? product - t.n * __builtin_log(sum.sum) + t.coefficient : 0.0);
+        // Relative to the largest logit.
+        const C shift = shift_of(sum.top);
+        double product = 0;
+        for (i64 j = r.sparse() ? r.begin(b) : 0; r.sparse() && j < r.begin(b + 1); ++j) {
+          const C x = r.value(b, j);
+          if (x != C(0)) product += static_cast<double>(x * (r.logit(row, r.column(j)) - shift));
+        }
+        for (i64 first = 0; !r.sparse() && first < width; first += kTile) {
+          const int n = tile_width(width, first);
+          r.look(b, first, n);
+          const C* x = r.counts(b, first, n);
+          product += sum_of_products(n, shift, x, r.logits(row, first, n));
+        }
+        normaliser[row] = static_cast<C>(sum.value());
+        out[row] = static_cast<C>(product - t.n * __builtin_log(sum.sum) + t.coefficient);
       }
     }
   });
@@ -211,8 +246,7 @@ void count_rows_backward(const CountRows& a, const Tensor& grad, const C* normal
       for (i64 k = 0; k < together; ++k) {
         const i64 row = unit + k * batch;
         const C g = pointer<const C>(grad.data)[row * grad.s0], gn = g * total[b];
-        i64 j = a.begins.data ? r.begin(b) : 0;
-        const i64 last = a.begins.data ? r.begin(b + 1) : 0;
+        i64 j = r.sparse() ? r.begin(b) : 0;
         for (i64 first = 0; first < width; first += kTile) {
           const int n = tile_width(width, first);
           const address place = to + static_cast<address>((row * width + first) * kind.size);
@@ -222,7 +256,13 @@ void count_rows_backward(const CountRows& a, const Tensor& grad, const C* normal
           } else {
             r.look(b, first, n);
             const C* s = r.logits(row, first, n);
-            count_gradients(n, g, gn, normaliser[row], r.counts(b, first, n, j, last), s, out);
+            if (r.sparse()) {
+              times_shares(n, -gn, normaliser[row], s, out);
+              for (; j < r.begin(b + 1) && r.column(j) < first + n; ++j)
+                out[r.column(j) - first] += g * r.value(b, j);
+            } else {
+              count_gradients(n, g, gn, normaliser[row], r.counts(b, first, n), s, out);
+            }
             if (r.seen) where_seen(n, r.seen, C(0), out, out);
           }
           if (out == results) kind.store(place, results, n);

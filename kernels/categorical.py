@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .common import LAUNCH, accumulator, cdiv, load, power_of_two, store, strides, triton_dtype
 from .elementary import exp, log_positive
-from .launching import Call, Result, planned
+from .launching import Call, Result, fixed, planned
 from .logsumexp import add_exponential, combined
 
 
@@ -235,25 +235,33 @@ def _constants(ignore_index: int, dtype: torch.dtype, blocks: dict[str, int]) ->
     return {"IGNORED": float(ignore_index), "DTYPE": triton_dtype(dtype), **blocks}
 
 
-def _strides(begins: torch.Tensor | None, logits: torch.Tensor) -> tuple[int, ...]:
-    return strides(logits, 3) if begins is None else (logits.stride(0), 0, logits.stride(1))
+def _numbers(
+    x: torch.Tensor, begins: torch.Tensor | None, logits: torch.Tensor, last: bool, *more: Any
+) -> tuple[Any, ...]:
+    """Return sizes, ``more``, and strides; those of a row are known to the compiler, which aligns loads."""
+    rows, positions = logits.shape[0], x.shape[1]
+    classes = logits.shape[-1 if last else 1]
+    steps = strides(logits, 3) if begins is None else (logits.stride(0), 0, logits.stride(1))
+    if not last:
+        return x.shape[0], rows, classes, positions, *more, *strides(x, 2), *steps
+    return x.shape[0], rows, fixed(classes), positions, *more, *map(fixed, (*strides(x, 2), *steps))
 
 
 @planned
 def _forward(x, begins, logits, last, ignore_index) -> Call:
     dtype = accumulator(x, logits)
-    rows, positions = logits.shape[0], x.shape[1]
-    numbers: tuple[int, ...] = (x.shape[0], rows, logits.shape[-1 if last else 1], positions)
     if last:
-        grid, per_program, blocks, warps = _classes(logits, positions, dtype)
-        numbers += (per_program,)
+        grid, per_program, blocks, warps = _classes(logits, x.shape[1], dtype)
+        numbers = _numbers(x, begins, logits, last, per_program)
     else:
         grid, blocks, warps = _positions(logits, dtype)
+        numbers = _numbers(x, begins, logits, last)
+    rows, positions = logits.shape[0], x.shape[1]
     return Call(
         classes_kernel if last else positions_kernel,
         grid,
         (Result((rows,), dtype, grid[1]), Result((rows, positions), dtype)),
-        (*numbers, *strides(x, 2), *_strides(begins, logits)),
+        numbers,
         _constants(ignore_index, dtype, blocks),
         warps,
     )
@@ -262,17 +270,18 @@ def _forward(x, begins, logits, last, ignore_index) -> Call:
 @planned
 def _backward(grad, normaliser, x, begins, logits, last, ignore_index) -> Call:
     dtype = grad.dtype
-    numbers: tuple[int, ...] = (x.shape[0], logits.shape[0], logits.shape[-1 if last else 1], x.shape[1])
     if last:
         grid, per_program, blocks, warps = _classes(logits, x.shape[1], dtype)
-        numbers += (per_program, logits.shape[1:].numel())
+        more = per_program, fixed(logits.shape[1:].numel())
+        numbers = _numbers(x, begins, logits, last, *more, *strides(grad, 1))
     else:
         grid, blocks, warps = _positions(logits, dtype)
+        numbers = _numbers(x, begins, logits, last, *strides(grad, 1))
     return Call(
         classes_backward_kernel if last else positions_backward_kernel,
         grid,
         (Result(tuple(logits.shape), logits.dtype),),
-        (*numbers, *strides(grad, 1), *strides(x, 2), *_strides(begins, logits)),
+        numbers,
         _constants(ignore_index, dtype, blocks),
         warps,
     )

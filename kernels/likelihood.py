@@ -351,7 +351,7 @@ def _log_prob(x, mask, *rest) -> Call:
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
     functions, _ = scalar_functions(likelihood.name)
-    launching = launching_of(likelihood, False)
+    launching = launching_of(likelihood, False, mask is not None)
     max_tiles = MAX_TILES if functions["SHARED_LOG"] else 0
     tiles = event_tiles(k, b, size, launching.tile, max_tiles=max_tiles)
     numbers, varies = described(all_parameters(tuple(given)))

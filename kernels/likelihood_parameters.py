@@ -33,12 +33,14 @@ def is_heavy(name: str) -> bool:
     return getattr(importlib.import_module(f"{__package__}.likelihoods.{name}"), "HEAVY", False)
 
 
-def launching_of(likelihood: Any, backward: bool) -> Launch:
+def launching_of(likelihood: Any, backward: bool, masked: bool = False) -> Launch:
     """Return the launch parameters of a likelihood."""
     if is_heavy(likelihood.name):
         return LAUNCH["likelihood_heavy"]
     # Quantities computed from the data take registers; so does a third parameter.
     many = likelihood.data is not None or len(likelihood.outputs) == MAX_PARAMETERS
+    if many and masked and not backward:
+        return LAUNCH["likelihood_masked"]
     return LAUNCH["likelihood_backward" if backward or many else "likelihood"]
 
 

@@ -1,10 +1,12 @@
 """Counts over an event, in Triton. See :mod:`fastvae.ops.multinomial` for the mathematics.
 
-Lanes are elements of the event: each keeps a maximum, a sum, and the products of counts and logits relative
-to its maximum, which are combined in the end. The logits are read once in each direction.
+Lanes are elements of the event: each keeps a maximum and a sum, which are combined in the end, and the
+products of counts and logits. The logits are read once in each direction.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -12,14 +14,15 @@ import triton.language as tl
 
 from ..reference.multinomial import dense, log_coefficient
 from .common import LAUNCH, accumulator, cdiv, load, power_of_two, store, strides, triton_dtype
-from .elementary import exp, exp_of_negative, log_positive
-from .launching import Call, Result, planned
-from .logsumexp import combined
+from .elementary import exp, log_positive
+from .launching import Call, Result, fixed, planned
+from .logsumexp import add_exponential, combined
 
 
 @triton.jit(do_not_specialize=["B", "N"])
 def multinomial_kernel(
     p_x,  # [B, X] counts, of any type
+    p_total,  # [B] their numbers
     p_coefficient,  # [B], or None
     p_mask,  # [B, X] bool, or None
     p_a,  # [N, X] logits
@@ -45,27 +48,25 @@ def multinomial_kernel(
     b_top = tl.full([BLOCK_N, BLOCK_X], -3.0e38, dtype=DTYPE)
     b_sum = tl.zeros([BLOCK_N, BLOCK_X], dtype=DTYPE)
     b_product = tl.zeros([BLOCK_N, BLOCK_X], dtype=DTYPE)
-    b_count = tl.zeros([BLOCK_N, BLOCK_X], dtype=DTYPE)
+    # Products are relative to a number close to the logits, lest they cancel.
+    b_near = tl.zeros([BLOCK_N, 1], dtype=DTYPE)
     for start in range(0, X, BLOCK_X):
         o_x = (start + tl.arange(0, BLOCK_X))[None, :].to(tl.int64)
         m_x = m_n & (o_x < X)
-        if p_mask is not None:
-            m_x = m_x & (tl.load(p_mask + b * stride_mask_b + o_x * stride_mask_x, mask=m_x, other=0) != 0)
         b_a = load(p_a, row * stride_a_n + o_x * stride_a_x, m_x, DTYPE, float("-inf"))
         b_x = load(p_x, b * stride_x_b + o_x * stride_x_x, m_x, DTYPE)
-        above = b_a > b_top
-        b_new = tl.where(above, b_a, b_top)
-        b_e = exp_of_negative(tl.where(above, b_top - b_a, b_a - b_top))
-        b_sum = tl.where(above, b_sum * b_e + 1.0, b_sum + b_e)
-        b_moved = tl.where(above & (b_count != 0), b_count * (b_top - b_a), 0.0)
-        b_product += b_moved + tl.where(b_x == 0, 0.0, b_x * (b_a - b_new))
-        b_count += b_x
-        b_top = b_new
+        if p_mask is not None:
+            m_seen = tl.load(p_mask + b * stride_mask_b + o_x * stride_mask_x, mask=m_x, other=0) != 0
+            b_a, b_x = tl.where(m_seen, b_a, float("-inf")), tl.where(m_seen, b_x, 0.0)
+        b_top, b_sum = add_exponential(b_a, b_top, b_sum)
+        if start == 0:
+            b_most = tl.max(b_top, axis=1, keep_dims=True)
+            b_near = tl.where((b_most > -1.0e38) & (b_most < 1.0e38), b_most, 0.0)
+        b_product += tl.where(b_x == 0, 0.0, b_x * (b_a - b_near))
     b_most, b_all = combined(b_top, b_sum)
-    b_moved = tl.where(b_count == 0, 0.0, b_count * (b_top - b_most))
-    b_total = tl.sum(b_count, axis=1, keep_dims=True)
     b_log = log_positive(b_all)
-    b_value = tl.sum(b_product + b_moved, axis=1, keep_dims=True) - b_total * b_log
+    b_total = load(p_total, b, m_n, DTYPE)
+    b_value = tl.sum(b_product, axis=1, keep_dims=True) + b_total * (b_near - b_most) - b_total * b_log
     if p_coefficient is not None:
         b_value += load(p_coefficient, b, m_n, DTYPE)
     # Without counts nothing depends on the logits.
@@ -102,59 +103,56 @@ def multinomial_backward_kernel(
     m_n = row < N
     o_x = (tl.program_id(1).to(tl.int64) * BLOCK_X + tl.arange(0, BLOCK_X))[None, :]  # [1, BLOCK_X]
     m_out = m_n & (o_x < X)
-    m_x = m_out
-    if p_mask is not None:
-        m_x = m_x & (tl.load(p_mask + b * stride_mask_b + o_x * stride_mask_x, mask=m_x, other=0) != 0)
     g = load(p_grad, row * stride_grad, m_n, DTYPE)
     b_normaliser = load(p_normaliser, row, m_n, DTYPE)
     b_total = load(p_total, b, m_n, DTYPE)
-    b_a = load(p_a, row * stride_a_n + o_x * stride_a_x, m_x, DTYPE)
-    b_x = load(p_x, b * stride_x_b + o_x * stride_x_x, m_x, DTYPE)
-    b_grad = g * (b_x - b_total * exp(b_a - b_normaliser))
-    store(p_grad_a, row * X + o_x, tl.where(m_x & (b_total != 0), b_grad, 0.0), m_out)
+    b_a = load(p_a, row * stride_a_n + o_x * stride_a_x, m_out, DTYPE)
+    b_x = load(p_x, b * stride_x_b + o_x * stride_x_x, m_out, DTYPE)
+    b_grad = tl.where(b_total == 0, 0.0, g * (b_x - b_total * exp(b_a - b_normaliser)))
+    if p_mask is not None:
+        m_seen = tl.load(p_mask + b * stride_mask_b + o_x * stride_mask_x, mask=m_out, other=0) != 0
+        b_grad = tl.where(m_seen, b_grad, 0.0)
+    store(p_grad_a, row * X + o_x, b_grad, m_out)
 
 
-def _blocks(logits: torch.Tensor) -> dict[str, int]:
+def _blocks(logits: torch.Tensor, tile: int) -> dict[str, int]:
     rows, size = logits.shape
-    tile = LAUNCH["likelihood_backward"].tile
     block = min(power_of_two(size), tile)
     return {"BLOCK_N": min(power_of_two(rows), tile // block), "BLOCK_X": block}
 
 
+def _numbers(x: torch.Tensor, mask: torch.Tensor | None, logits: torch.Tensor) -> tuple[Any, ...]:
+    """Return strides, known to the compiler, which aligns loads."""
+    return tuple(map(fixed, (*strides(x, 2), *strides(mask, 2), *strides(logits, 2))))
+
+
 @planned
-def _forward(x, coefficient, mask, logits) -> Call:
-    dtype = accumulator(x, logits)
-    blocks = _blocks(logits)
-    rows = logits.shape[0]
+def _forward(x, total, coefficient, mask, logits) -> Call:
+    dtype, launching = accumulator(x, logits), LAUNCH["multinomial"]
+    blocks = _blocks(logits, launching.tile)
+    rows, size = logits.shape
     return Call(
         multinomial_kernel,
         (cdiv(rows, blocks["BLOCK_N"]),),
         (Result((rows,), dtype), Result((rows,), dtype)),
-        (x.shape[0], *logits.shape, *strides(x, 2), *strides(mask, 2), *strides(logits, 2)),
+        (x.shape[0], rows, fixed(size), *_numbers(x, mask, logits)),
         {"DTYPE": triton_dtype(dtype), **blocks},
-        LAUNCH["likelihood_backward"].warps(dtype),
+        launching.warps(logits.dtype),
     )
 
 
 @planned
 def _backward(grad, normaliser, total, x, mask, logits) -> Call:
-    blocks = _blocks(logits)
+    launching = LAUNCH["likelihood_backward"]
+    blocks = _blocks(logits, launching.tile)
     rows, size = logits.shape
     return Call(
         multinomial_backward_kernel,
         (cdiv(rows, blocks["BLOCK_N"]), cdiv(size, blocks["BLOCK_X"])),
         (Result((rows, size), logits.dtype),),
-        (
-            x.shape[0],
-            rows,
-            size,
-            *strides(grad, 1),
-            *strides(x, 2),
-            *strides(mask, 2),
-            *strides(logits, 2),
-        ),
+        (x.shape[0], rows, fixed(size), *strides(grad, 1), *_numbers(x, mask, logits)),
         {"DTYPE": triton_dtype(grad.dtype), **blocks},
-        LAUNCH["likelihood_backward"].warps(grad.dtype),
+        launching.warps(grad.dtype),
     )
 
 
@@ -175,7 +173,8 @@ def multinomial_log_prob(
     # Depends on x alone.
     counts = x.to(dtype) if mask is None else torch.where(mask, x.to(dtype), 0.0)
     own = log_coefficient(counts).to(dtype) if coefficient else None
-    return *_forward((x, own, mask, logits)), counts.sum(1)
+    total = counts.sum(1)
+    return *_forward((x, total, own, mask, logits)), total
 
 
 def multinomial_log_prob_backward(

@@ -147,6 +147,13 @@ OF_A_ROW = {
     # Of a batch, whose size is not known to the compiler: masked one by one.
     *(("aggregate_kernel", "p_constant"), ("aggregate_shares_kernel", "p_constant")),
     *(("aggregate_rows_kernel", "p_share"), ("aggregate_components_kernel", "p_share")),
+    # Of a position: its class, the logit of that class, and its log-sum.
+    *(("classes_kernel", name) for name in ("p_x", "p_a", "p_normaliser")),
+    *(("classes_backward_kernel", name) for name in ("p_x", "p_normaliser")),
+    *(("multinomial_kernel", "p_coefficient"), ("multinomial_kernel", "p_normaliser")),
+    ("multinomial_backward_kernel", "p_normaliser"),
+    # Bytes, as many as a thread has numbers.
+    *(("multinomial_kernel", "p_mask"), ("multinomial_backward_kernel", "p_mask")),
 }
 # Kernels of which a thread of a wavefront of 64 may take two numbers, or rows of 50, which allow 8 bytes.
 FEW_LANES = (
@@ -175,6 +182,8 @@ def narrow(reports):
             and r.widths.get(name) == 8
         )
         and "float64" not in r.launch
+        # Where a table's columns begin is not known to the compiler.
+        and "of 20 columns" not in r.launch
         # Tiles of a product via shared memory: two numbers per thread or more.
         and not (r.kernel in PRODUCTS and r.widths.get(name) in (8, None))
         # Rows of a packed triangle are unaligned.

@@ -12,7 +12,16 @@ from torch import distributions as td
 from torch.nn import functional as F
 
 import fastvae
-from fastvae.likelihoods import Bernoulli, Categorical, Gaussian, Joint, Likelihood, NegativeBinomial, Poisson
+from fastvae.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Columns,
+    Gaussian,
+    Joint,
+    Likelihood,
+    NegativeBinomial,
+    Poisson,
+)
 from fastvae.likelihoods.declared import DECLARED
 
 from ..oracles import ORACLES
@@ -134,6 +143,16 @@ def _categorical(x, outputs, given):
     return outputs[0].log_softmax(1).gather(1, x[:, None].long())[:, 0]
 
 
+COLUMNS = [("a", "categorical", 3), ("b", "gaussian"), ("c", "categorical", 20)]
+
+
+def _columns(x, outputs, given):
+    first, mean, logvar, last = outputs[0].split((3, 1, 1, 20), 1)
+    classes = [td.Categorical(logits=h).log_prob(x[:, i].long()) for h, i in ((first, 0), (last, 2))]
+    number = td.Normal(mean[:, 0], (0.5 * logvar[:, 0]).exp()).log_prob(x[:, 1])
+    return torch.stack([classes[0], number, classes[1]], 1)
+
+
 def _multinomial(x, outputs, given):
     x, logits = x.flatten(1), outputs[0].flatten(1)
     return torch.lgamma(x.sum(1) + 1) - torch.lgamma(x + 1).sum(1) + (x * logits.log_softmax(1)).sum(1)
@@ -209,6 +228,20 @@ ZOO: dict[str, Kind] = {
         lambda event: [(CLASSES, *event)],
         _categorical,
         integers=True,
+    ),
+    "categorical, classes last": Kind(
+        lambda event: Categorical(axis=-1),
+        lambda u: (u * CLASSES).floor(),
+        lambda event: [(*event, CLASSES)],
+        lambda x, o, given: o[0].log_softmax(-1).gather(-1, x[..., None].long())[..., 0],
+        integers=True,
+    ),
+    "columns": Kind(
+        lambda event: Columns(COLUMNS),
+        lambda u: torch.stack([(u[..., 0] * 3).floor(), 4 * u[..., 1] - 2, (u[..., 2] * 20).floor()], -1),
+        lambda event: [(25,)],
+        _columns,
+        events=((3,),),
     ),
     "multinomial": Kind(
         lambda event: "multinomial",
