@@ -206,14 +206,15 @@ def _categorical_arguments(op: str):
 def _multinomial_arguments(op: str):
     """Yield argument lists of dense and sparse counts, with and without a mask."""
     x = (3 * rand(B, X, seed=1)).floor()
-    sparse = x.to_sparse_csr()
-    begins, columns = sparse.crow_indices(), sparse.col_indices()
+    csr = x.to_sparse_csr()
+    # Copies: a view of a sparse tensor cannot be traced.
+    values, begins, columns = (t.clone() for t in (csr.values(), csr.crow_indices(), csr.col_indices()))
     mask = rand(B, X, seed=2) > 0.3
     for dtype, given in (
         (torch.float32, (x, None, None, None)),
         (torch.bfloat16, (x.long(), None, None, mask)),
-        (torch.float64, (sparse.values(), begins, columns, None)),
-        (torch.float32, (sparse.values(), begins, columns, mask)),
+        (torch.float64, (values, begins, columns, None)),
+        (torch.float32, (values, begins, columns, mask)),
     ):
         wide = dtype if dtype == torch.float64 else torch.float32
         logits = randn(K * B, X, seed=3).to(dtype)

@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvae.kernels import common, head, likelihood, logsumexp, normal_diagonal, normal_tiles, reduce
+from fastvae.kernels import (
+    categorical,
+    common,
+    head,
+    likelihood,
+    logsumexp,
+    multinomial,
+    normal_diagonal,
+    normal_tiles,
+    reduce,
+)
 from fastvae.kernels.likelihood_flat import SAMPLES_FLAT
 from fastvae.kernels.likelihood_parameters import is_heavy, launching_of
 from fastvae.ops.normal_arguments import Draw
@@ -285,6 +295,44 @@ def test_likelihoods_backward_reads_once(enough, name, layout, with_x, k, b, x, 
         moved += launch.loaded(f"p_p{i}") + {"full": first.nbytes, "column": 4 * x, "row": 4 * k * b}[layout]
     assert_least(launch, again)
     assert launch.bytes() == moved
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["classes first", "classes last"])
+def test_classes_read_the_logits_once(last):
+    """Each logit is read once, of classes last also that of x; gradients are written once."""
+    b, k, c, p = 3, 2, 21, 7
+    x = torch.randint(c, (b, p))
+    logits = torch.randn(k * b, *((p, c) if last else (c, p)))
+    with recorded() as launches:
+        _, normaliser = categorical.categorical_log_prob(x, None, logits, last, -100)
+        grad = torch.randn(k * b)
+        categorical.categorical_log_prob_backward(grad, normaliser, x, None, logits, last, -100)
+    forward, backward = [launch for launch in launches if "p_a" in launch.tensors]
+    chosen = torch.nn.functional.one_hot(x.repeat(k, 1), c) * last
+    often = 1 + (chosen if last else chosen.movedim(-1, 1))
+    assert forward.counts(forward.loads, "p_a").tolist() == often.flatten().tolist()
+    assert set(forward.counts(forward.stores, "p_normaliser").tolist()) == {1}
+    assert set(backward.counts(backward.loads, "p_a").tolist()) == {1}
+    assert set(backward.counts(backward.stores, "p_grad_a").tolist()) == {1}
+    assert set(backward.counts(backward.loads, "p_x").tolist()) == {k}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_counts_read_the_logits_once(masked):
+    """Each logit is read once in each direction, x and a mask once for each sample."""
+    b, k, size = 3, 2, 600
+    x, logits = (3 * torch.rand(b, size)).floor(), torch.randn(k * b, size)
+    mask = torch.rand(b, size) > 0.5 if masked else None
+    with recorded() as launches:
+        _, normaliser, total = multinomial.multinomial_log_prob(x, None, None, mask, logits, False)
+        grad = torch.randn(k * b)
+        multinomial.multinomial_log_prob_backward(grad, normaliser, total, x, None, None, mask, logits)
+    assert len(launches) == 2
+    for launch in launches:
+        assert set(launch.counts(launch.loads, "p_a").tolist()) == {1}
+        for name in ("p_x", *["p_mask"] * masked):
+            assert set(launch.counts(launch.loads, name).tolist()) == {k}
+    assert set(launches[1].counts(launches[1].stores, "p_grad_a").tolist()) == {1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
