@@ -43,7 +43,7 @@ LAUNCH = {
     "likelihood": Launch(2048, 128, 256, 128),
     # Sums and two results in addition: half as many per thread, or they spill.
     "likelihood_backward": Launch(1024, 128, 256, 128),
-    # With quantities of the data or three parameters, and a mask: half as many again, or float32 spills.
+    # With three parameters and a mask: half as many again, or float32 spills.
     "likelihood_masked": Launch(512, 128, 256, 64),
     # A maximum, a sum and a product per element: half as many as of a likelihood's sums.
     "multinomial": Launch(512, 128, 128, 64),

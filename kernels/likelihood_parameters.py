@@ -38,8 +38,9 @@ def launching_of(likelihood: Any, backward: bool, masked: bool = False) -> Launc
     if is_heavy(likelihood.name):
         return LAUNCH["likelihood_heavy"]
     # Quantities computed from the data take registers; so does a third parameter.
-    many = likelihood.data is not None or len(likelihood.outputs) == MAX_PARAMETERS
-    if many and masked and not backward:
+    three = len(likelihood.outputs) == MAX_PARAMETERS
+    many = likelihood.data is not None or three
+    if three and masked and not backward:
         return LAUNCH["likelihood_masked"]
     return LAUNCH["likelihood_backward" if backward or many else "likelihood"]
 
