@@ -23,6 +23,9 @@ TESTS = [
     for name in (
         "normal_full",
         "components",
+        "categorical",
+        "multinomial",
+        "columns",
         "logsumexp",
         "likelihoods",
         "normal_diagonal",
