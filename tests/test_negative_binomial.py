@@ -172,3 +172,15 @@ def test_parameters_fixed_in_the_likelihood(backend, inflated, form):
         TypeError, match=r"decoder of \w*NegativeBinomial\(inverse_dispersion=...\) must return"
     ):
         fastvae.iwae(x, q, lambda z: every, k=k, likelihood=likelihood)
+
+
+def test_large_counts_near_their_mean(backend):
+    """Where a large count is near its mean, terms of thousands cancel to a few units."""
+    x, t = torch.full((5, 1), 1e7, device=DEVICE), torch.full((5, 1), 20.0, device=DEVICE)
+    log_mean = torch.log(x) + torch.tensor([-6e-4, -3e-4, 1e-5, 3e-4, 6e-4], device=DEVICE)[:, None]
+    got = ops.negative_binomial_log_prob(x, log_mean, t)
+    expected = [float(exact(1e7, float(m), 20.0)[0]) for m in log_mean]
+    # A few roundings of values near 10; in the reference, which has a count's logarithm in float32 only, that
+    # rounding of 1e-6 times x times the distance.
+    atol = 1e7 * 1e-6 * 6e-4 if backend == "reference" else 3e-5
+    torch.testing.assert_close(got.tolist(), expected, rtol=0, atol=atol)
