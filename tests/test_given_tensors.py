@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fastvae
+from fastvae.core import backend
 from fastvae.distributions import DiagonalNormal, FullNormal
 from fastvae.likelihoods import Joint
 
@@ -219,3 +220,27 @@ def test_exported_programs_accept_any_batch(call):
     if dataclasses.is_dataclass(found):
         found, expected = vars(found), vars(expected)
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.skipif(backend.LEFT_OUT, reason="reads tensors in C++")
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.bool, torch.int64],
+    ids=str,
+)
+def test_tensors_are_read_alike_by_their_handle_and_by_methods(dtype):
+    """Both ways of reading a tensor give one description; a bool is a byte."""
+    read = backend.extension().read
+    whole = torch.ones(3, 4, 6).to(dtype)
+    for t in (
+        whole,
+        whole[1],
+        whole[:, 1, 2],
+        whole.mT,
+        whole[..., ::2],
+        whole[:1].expand(3, 4, 6),
+        whole[:0],
+    ):
+        assert read(t, True) == read(t, False)
+    number = {torch.bool: 4, torch.uint8: 4}.get(dtype)
+    assert number is None or read(whole, True)[1] == number
