@@ -40,7 +40,7 @@ REFUSED = {
         "'mean' and 'mu' are different tensors"),
     "two only outputs": ("bernoulli", lambda t: {"sample": t, "reconstruction": t + 1},
         "'sample' and 'reconstruction' are different tensors"),
-    "an only output beside another form": ("bernoulli", lambda t: {"reconstruction": t, "probs": t},
+    "a whole output and another form": ("bernoulli", lambda t: {"reconstruction": t, "probs": t},
         r"Missing: 'logits'; for 'probs' use .*Bernoulli\(probs=True\)"),
     "probabilities": ("bernoulli", lambda t: types.SimpleNamespace(probs=t), r"Bernoulli\(probs=True\)"),
     "rates": ("poisson", lambda t: {"rate": t}, r"Poisson\(rate=True\)"),

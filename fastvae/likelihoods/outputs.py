@@ -109,7 +109,7 @@ def _selected(
                 raise TypeError(
                     f"{_mismatch(likelihood, output, entries)}: the likelihood has its own {own}, so the "
                     f"decoder's {name!r} would be ignored. Leave {name!r} out of the output, or use a "
-                    "likelihood without a value of its own"
+                    "likelihood that reads it"
                 )
     return selected
 
@@ -176,7 +176,7 @@ def _of_distribution(likelihood: Likelihood, output: td.Distribution) -> Any:
     """Return the parameters of a torch.distributions object of the likelihood's family.
 
     Raises:
-        TypeError: if it is of another family, or if the likelihood has parameters of its own.
+        TypeError: if it is of another family, or if the likelihood was constructed with a parameter.
         ValueError: if its batch axis is part of the event.
     """
     d, family = output, likelihood.family

@@ -51,7 +51,7 @@ class SoftplusGaussian(Gaussian):
     name = "softplus_gaussian"
     outputs = ("mean", "raw", "log_floor")  # type: ignore[assignment]
     constants = ("log_floor",)
-    family = None  # its scale is no softplus
+    family = None  # a Normal's scale would have to be inverted through the softplus
 
     def __init__(
         self,

@@ -6,8 +6,8 @@ With logits :math:`a_{nc}` of a position and its class :math:`x_n`,
 
 and with the upstream gradient :math:`g`: :math:`\bar a_{nc} = g\, ([x_n = c] - e^{a_{nc} - L_n})`. Each
 direction is one pass over the logits. The log-sums :math:`L_n` are kept for the gradient. The classes are the
-axis after the batch's, or the last axis; neither is copied. Or each position has classes of its own number,
-whose logits are side by side in a row (the columns of a table).
+axis after the batch's, or the last axis; neither is copied. Where the number of classes varies by
+position (the columns of a table), the logits of all positions are one row.
 """
 
 from __future__ import annotations
