@@ -22,13 +22,11 @@ from .conftest import DEVICE
 from .models import rand, randn
 
 each = pytest.mark.parametrize("likelihood", cases.LIKELIHOODS)
-# Rows of several tiles, of one, and many in a tile. The interpreter is slow: it runs two of them.
-COLUMNS = (2500, 600, 37, 3)
+# Rows of several tiles, of one (in the C++), and many in a tile.
+COLUMNS = (1100, 600, 37, 3)
 
 
-def _few(backend, columns):
-    if backend == "triton" and DEVICE.type == "cpu" and columns in (2500, 3):
-        pytest.skip("takes long in the interpreter")
+def _is_interpreted(backend):
     return backend == "triton" and DEVICE.type == "cpu"
 
 
@@ -51,7 +49,7 @@ def _run(likelihood, leaves, mask, grad=None):
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_against_distributions(backend, likelihood, columns):
     """Values and all gradients are those of the observed elements, whatever stands under the mask."""
-    few = _few(backend, columns)
+    few = _is_interpreted(backend)
     k, b = (2, 3) if columns > 600 or few else (3, 11)
     shapes = cases.forms(likelihood, k, b, (columns,)) or [None]
     for kind in ("of one event", "most") if few else cases.MASKS:
@@ -65,7 +63,7 @@ def test_against_distributions(backend, likelihood, columns):
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_what_is_masked_is_not_seen(backend, likelihood, columns):
     """Every bit is the same whatever x and the outputs hold under the mask; gradients there are 0."""
-    few = _few(backend, columns)
+    few = _is_interpreted(backend)
     k, b = (2, 3) if columns > 600 or few else (9, 11)
     x, given = cases.data(likelihood, b, columns), cases.parameters(likelihood, k, b, columns)
     mask = cases.mask_of("most", b, columns)
@@ -85,7 +83,6 @@ def test_what_is_masked_is_not_seen(backend, likelihood, columns):
 @each
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_rows_observed_in_whole_are_those_without_a_mask(backend, likelihood, columns):
-    _few(backend, columns)
     k, b = 3, 4
     x, given = cases.data(likelihood, b, columns), cases.parameters(likelihood, k, b, columns)
     mask = torch.ones(b, columns, dtype=torch.bool, device=DEVICE)
