@@ -101,7 +101,7 @@ def test_values_and_gradients(backend, masked, weighted):
     expected = _by_hand(x.repeat(K, 1), wide, table).reshape(K, B, -1)
     if mask is not None:
         expected = torch.where(mask, expected, 0.0)
-    factors = torch.tensor([table.weights[n] for n in table.names], device=DEVICE)
+    factors = torch.tensor([(weights or {}).get(n, 1.0) for n in table.names], device=DEVICE)
     expected = (expected * factors).sum(2)
     conditioning = fastvae.core.nested.Conditioning.of(mask, None, None)
     got = table.log_likelihood(given, h, K, conditioning)
@@ -184,6 +184,17 @@ def test_it_trains_and_is_saved():
     x, h = randn(4, 2, seed=1), randn(4, table.width, seed=2)
     torch.testing.assert_close(other.log_prob(x, h), table.log_prob(x, h))
     assert "width=" in repr(table)
+
+
+def test_scales_may_change():
+    """A fixed scale that is set anew is used from then on."""
+    table = Columns([("a", Gaussian(scale=0.3)), ("b", Gaussian(scale=1.0))])
+    x, h = randn(4, 2, seed=1), randn(4, table.width, seed=2)
+    before = table.log_prob(x, h)
+    table.parts[0].fixed_scale = 0.9
+    expected = Columns([("a", Gaussian(scale=0.9)), ("b", Gaussian(scale=1.0))]).log_prob(x, h)
+    torch.testing.assert_close(table.log_prob(x, h), expected)
+    assert not torch.allclose(before, expected)
 
 
 def test_settings_separate_columns():

@@ -57,7 +57,6 @@ class _Group:
         self.places, self.weight = places, weight
         self.likelihood = places[0].likelihood
         self.data = _Selection([p.column for p in places])
-        self._numbers: dict[tuple[torch.device, torch.dtype], tuple[float | Tensor, ...]] = {}
         if isinstance(self.likelihood, Categorical):
             self.outputs = [_Selection([p.first + c for p in places for c in range(p.width)])]
             widths = torch.tensor([0, *(p.width for p in places)])
@@ -95,26 +94,14 @@ class _Group:
 
     def _given(self, x: Tensor, output: Tensor) -> tuple[float | Tensor, ...]:
         """Return the parameters of the columns' likelihoods themselves: a number, or a row of them."""
-        dtype = accumulator(output.dtype)
-        key = output.device, dtype
-        if key in self._numbers:
-            return self._numbers[key]
         each = [p.likelihood._given(x[:, :1]) for p in self.places if isinstance(p.likelihood, Declared)]
-        fixed = all(isinstance(v, float) for values in each for v in values)
-        made: list[float | Tensor] = []
-        for values in zip(*each, strict=True):
-            if all(isinstance(v, float) and v == values[0] for v in values):
-                made.append(values[0])
-                continue
-            if fixed:
-                with torch.inference_mode(False):
-                    made.append(torch.tensor(values, dtype=dtype, device=output.device))
-                continue
-            row = [torch.as_tensor(v, dtype=dtype, device=output.device).reshape(()) for v in values]
-            made.append(torch.stack(row))
-        if fixed and all(type(v) in (float, Tensor) for v in made) and not torch.compiler.is_compiling():
-            self._numbers[key] = tuple(made)
-        return tuple(made)
+        return tuple([self._row(values, output) for values in zip(*each, strict=True)])
+
+    def _row(self, values: tuple[float | Tensor, ...], output: Tensor) -> float | Tensor:
+        if all(isinstance(v, float) and v == values[0] for v in values):
+            return values[0]
+        dtype, device = accumulator(output.dtype), output.device
+        return torch.stack([torch.as_tensor(v, dtype=dtype, device=device).reshape(()) for v in values])
 
 
 class Columns(Likelihood):
@@ -179,12 +166,12 @@ class Columns(Likelihood):
         self.width = first
         self.names = tuple(p.name for p in places)
         self.parts = nn.ModuleList([p.likelihood for p in places])
-        self.weights = read_weights(weights, self.names)
+        weight = read_weights(weights, self.names)
         self._places = places
         groups: dict[Hashable, list[_Place]] = {}
         for place in places:
-            groups.setdefault((_settings(place), self.weights[place.name]), []).append(place)
-        self._groups = [_Group(g, self.weights[g[0].name]) for g in groups.values()]
+            groups.setdefault((_settings(place), weight[place.name]), []).append(place)
+        self._groups = [_Group(g, weight[g[0].name]) for g in groups.values()]
 
     def check(self, x: Any, name: str = "x") -> None:
         x = check_data(x, Classes, name)

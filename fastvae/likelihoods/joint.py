@@ -68,7 +68,7 @@ class Joint(Likelihood):
                 'Joint needs parts by name, such as Joint(pixels="bernoulli", genes="poisson"); got none'
             )
         self.parts = nn.ModuleDict({name: as_likelihood(part) for name, part in parts.items()})
-        self.weights = read_weights(weights, tuple(parts))
+        self._weights = read_weights(weights, tuple(parts))
         self.takes_sparse = any(part.takes_sparse for _, part in self._each())  # type: ignore[misc]
 
     def check(self, x: Any, name: str = "x") -> None:
@@ -105,11 +105,11 @@ class Joint(Likelihood):
         for name, part in self._each():
             own = None if conditioning is None else conditioning.part(name)
             if _is_column(part, x[name], own):
-                key = self.weights[name], part.ignore_index, part.probs, x[name].dtype
+                key = self._weights[name], part.ignore_index, part.probs, x[name].dtype
                 classes.setdefault(key, []).append(name)
                 continue
             value = part.log_likelihood(x[name], parameters[name], samples, own)
-            total = total + _times(value, self.weights[name])
+            total = total + _times(value, self._weights[name])
         for (weight, *_), names in classes.items():
             total = total + _times(self._columns(names, x, parameters, samples), weight)
         return total  # type: ignore[no-any-return]
