@@ -199,3 +199,31 @@ def test_impossible_classes(backend):
     assert out[0] == -math.inf and bool(out[1].isfinite())
     (grad,) = torch.autograd.grad(out[1], logits)
     assert bool(grad.isfinite().all()) and grad[1, 1, 4] == 0
+
+
+def test_one_class_for_each_example_in_every_mode(backend):
+    """Classes [B] and logits [B, C]: the shortest call, which compilers and transforms must follow, too."""
+    target = torch.tensor([4, 0, -100, 2, 1, 4, 3], device=DEVICE)
+    logits = randn(7, 5, seed=3).requires_grad_()
+
+    def loss(a):
+        return -ops.categorical_log_prob(target, a)
+
+    def near(got, value):
+        # Roundings of logits and log-sums below 4.
+        assert_near(got, value.detach(), torch.float32, 4.0, "")
+
+    expected = nn.functional.cross_entropy(logits.double(), target, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    near(loss(logits), expected)
+    near(torch.autograd.grad(loss(logits).sum(), logits)[0], gradient)
+    compiled = torch.compile(lambda a: loss(a).sum(), fullgraph=True, backend="aot_eager")
+    near(torch.autograd.grad(compiled(logits), logits)[0], gradient)
+    near(torch.func.grad(lambda a: loss(a).sum())(logits), gradient)
+    near(torch.func.vmap(loss)(torch.stack([logits, logits]))[1], expected)
+    with torch.no_grad():
+        assert not loss(logits).requires_grad
+    with torch.inference_mode():
+        near(loss(logits.detach()), expected)
+    with pytest.raises(ValueError, match="x holds 5, but classes are whole numbers from 0 to 4"):
+        ops.categorical_log_prob(target + 1, logits)

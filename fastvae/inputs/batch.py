@@ -166,8 +166,9 @@ class Inputs(NamedTuple):
         """Compute log p(x|z) [K, B] from the decoder's output for z [K·B, D]."""
         if not (isinstance(self.likelihood, Declared) and self.likelihood.is_declared):
             # A user's likelihood may broadcast shapes that fastvae's own reject.
+            first = tensors(self.x)[0]
             for name, part in _named(parameters):
-                check_same_device(f"the decoder's output{name}", part, "x", tensors(self.x)[0])
+                check_same_device(f"the decoder's output{name}", part, "x", first)
             self._check_rows(z, parameters, samples)
         return self.likelihood.log_likelihood(self.x, parameters, samples, self.conditioning)
 

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..core import backend as _backend
 from ..core.checks import check_data, check_same_device, check_tensor, may_look, shape_of
+from ..core.fast_path import in_eager_mode, is_usual
+from ..core.torch_private import is_functorch_wrapped
 from ._contract import Contract
 from .likelihood import result_dtype
 from .op import Op
@@ -198,6 +200,27 @@ def categorical_rows(x: Tensor, logits: Tensor, ignore_index: int, axis: int = 1
     return _categorical_log_prob(x, None, logits, last, ignore_index)[0]
 
 
+def _is_column(x: Any, logits: Any) -> bool:
+    """Return True for int64 classes [B] and logits [B, C] on the fast path, the smallest of all calls."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and is_usual(logits)
+        and x.dtype is torch.int64
+        and x.is_cpu
+        and x.layout is torch.strided
+        and x.dim() == 1
+        and logits.dim() == 2
+        and len(x) == len(logits)
+        and in_eager_mode()
+        and not is_functorch_wrapped(x)
+        and _backend.on_cpu() == "native"
+    )
+
+
+_CPU = torch.device("cpu")
+
+
 def check_axis(axis: int) -> None:
     if isinstance(axis, bool) or axis not in AXES:
         raise ValueError(f"axis must be 1, the axis after the batch's, or -1, the last; got {axis!r}")
@@ -227,6 +250,10 @@ def categorical_log_prob(x: Tensor, logits: Tensor, ignore_index: int = -100, *,
         >>> fastvae.ops.categorical_log_prob(tokens, logits, axis=-1)  # -3 log 4, -log 4
         tensor([-4.1589, -1.3863])
     """
+    if _is_column(x, logits):
+        check_axis(axis)
+        begins, wanted = _table((0, logits.shape[1]), _CPU), logits.requires_grad and torch.is_grad_enabled()
+        return _categorical_log_prob.direct(wanted, x.unsqueeze(1), begins, logits, True, ignore_index)[0]
     x = check_data(x, Classes)
     check_axis(axis)
     check_tensor("logits", logits)
