@@ -10,6 +10,7 @@
 #include "launch_key.hpp"
 #include "products.hpp"
 #include "python.hpp"
+#include "replay.hpp"
 #include "targets.hpp"
 
 namespace py = pybind11;
@@ -133,4 +134,9 @@ PYBIND11_MODULE(_C, m) {
   };
   if (PyModule_AddFunctions(m.ptr(), ops) != 0) throw py::error_already_set();
   m.def("implement", &implement);
+  m.def("replayed", &replayed);
+  m.def("implement_on_gpu", &implement_on_gpu);
+  m.def("watch", &watch);
+  m.def("forget", &forget);
+  m.def("count_plans", &count_plans);
 }

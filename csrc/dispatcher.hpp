@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "python.hpp"
 #include "torch.hpp"
@@ -33,6 +34,21 @@ struct HandleMade : Output {
     void* address = nullptr;
     succeed(torch.data(handle, &address));
     data = reinterpret_cast<fastvae::address>(address);
+  }
+  // On a GPU; without a handle if the allocation fails.
+  static HandleMade on_gpu(const std::vector<i64>& sizes, const std::vector<i64>& strides, std::int32_t type,
+                           std::int32_t device_type, std::int32_t device) {
+    const TorchInterface& torch = torch_interface();
+    HandleMade made;
+    if (torch.empty(static_cast<i64>(sizes.size()), sizes.data(), strides.data(), type, device_type, device,
+                    &made.handle) != 0) {
+      made.handle = nullptr;
+      return made;
+    }
+    void* address = nullptr;
+    succeed(torch.data(made.handle, &address));
+    made.data = reinterpret_cast<fastvae::address>(address);
+    return made;
   }
   HandleMade(HandleMade&& other) noexcept : Output(other), handle(std::exchange(other.handle, nullptr)) {}
   HandleMade& operator=(HandleMade&& other) noexcept {
@@ -120,6 +136,13 @@ class FromDispatcher {
   }
   Given given() { return Given(handle_at(at_++)); }
   Tensor tensor() { return given(); }
+  Handle handle() { return handle_at(at_++); }
+  // Of the list that need() reads next.
+  int length() const {
+    std::size_t length = 0;
+    succeed(torch_interface().length(reinterpret_cast<Handle>(words_[at_]), &length));
+    return static_cast<int>(length);
+  }
   Draw draw() {
     const i64 samples = integer(), sample_offset = integer(), row_offset = integer();
     const double low = real(), high = real();
@@ -183,6 +206,25 @@ class FromDispatcher {
     }
     for (int i = 0; i < number; ++i)
       stack_[i] = reinterpret_cast<Word>(std::exchange(made[i].handle, nullptr));
+  }
+
+  // Gives the results that are `shown`, -1 for None.
+  void give(const std::vector<int>& shown, HandleMade* made, std::int32_t device_type, std::int32_t device) {
+    const TorchInterface& torch = torch_interface();
+    Handle given[kMostArguments] = {};
+    for (std::size_t i = 0; i < shown.size(); ++i) {
+      if (shown[i] >= 0) {
+        given[i] = std::exchange(made[shown[i]].handle, nullptr);
+      } else if (op_.empty_for_none) {
+        std::int32_t type = 0;
+        succeed(torch.dtype(given[0], &type));
+        const i64 none = 0, stride = 1;
+        succeed(torch.empty(1, &none, &stride, type, device_type, device, &given[i]));
+      } else {
+        succeed(torch.undefined(&given[i]));
+      }
+    }
+    for (std::size_t i = 0; i < shown.size(); ++i) stack_[i] = reinterpret_cast<Word>(given[i]);
   }
 
   // Returns true if the C++ is the selected backend.

@@ -147,15 +147,19 @@ def linear_log_prob_kernel(
     tl.store(p_out + tl.program_id(1).to(tl.int64) * N + o_n, FACTOR * b_sum, mask=m_n)
 
 
+def _is_exact() -> bool:
+    """Return True if torch's settings exclude TF32 from products."""
+    return torch.get_float32_matmul_precision() == "highest" or bool(torch.version.hip)
+
+
 def _constants(
-    likelihood: Any, h: Tensor, weights: list[Any], parameters: list[Any]
+    likelihood: Any, h: Tensor, weights: list[Any], parameters: list[Any], exact: bool
 ) -> tuple[dict[str, Any], int]:
     """Return the kernel's compile-time arguments, and the warps of a program."""
     dtypes = {h.dtype, *(w.dtype for w in weights if w is not None)}
     (half, *more) = dtypes
     in_half = not more and half.itemsize == 2 and not INTERPRETED.value
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[half] if in_half else tl.float32
-    exact = torch.get_float32_matmul_precision() == "highest" or bool(torch.version.hip)
     few = in_half or sum(w is not None for w in weights) > 1 or likelihood.data is not None
     constants = {
         **{f"VARIES_{i}": p is not None and p.numel() > 1 for i, p in enumerate(parameters) if i},
@@ -184,9 +188,9 @@ def _sizes(x: Tensor, h: Tensor) -> tuple[Any, ...]:
 
 @planned
 def _rows(x, h, *rest) -> Call:
-    weights, parameters, likelihood = list(rest[:3]), [None, *rest[6:8]], rest[8]
+    weights, parameters, (likelihood, exact) = list(rest[:3]), [None, *rest[6:8]], rest[8:]
     (b, size), n = x.shape, h.shape[0]
-    constants, warps = _constants(likelihood, h, weights, parameters)
+    constants, warps = _constants(likelihood, h, weights, parameters, exact)
     blocks, tiles = cdiv(n, BLOCK_N), cdiv(size, constants["BLOCK_X"])
     x_tiles = max(1, cdiv(tiles, max(1, PROGRAMS // blocks)))
     splits = cdiv(tiles, x_tiles)
@@ -224,7 +228,7 @@ def linear_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tenso
     """
     is_empty = not (x.numel() and h.numel())
     if not (is_heavy(likelihood.name) or is_empty or _dtype(x, h, layers) == torch.float64):
-        return _rows((x, h, *_padded(layers)), (likelihood,))[0]
+        return _rows((x, h, *_padded(layers)), (likelihood, _is_exact()))[0]
     walk = _Walk(x, h, layers)
     out = walk.rows.new_empty(walk.rows.shape[:2], dtype=walk.dtype)
     for block in walk.blocks():

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +95,11 @@ _known: dict[int, set[tuple[int, ...]]] = {}
 
 
 def clear_caches() -> None:
-    """Drop all cached plans and compiled kernels."""
+    """Drop all cached plans and compiled kernels, in C++, too."""
+    with contextlib.suppress(ImportError):
+        from fastvae._C import forget
+
+        forget()
     for calls in _caches:
         calls.clear()
     _known.clear()
@@ -113,8 +118,7 @@ def planned(plan: Callable[..., Call]) -> Callable[..., tuple[torch.Tensor | Non
         varying: tuple[int, ...] = (),
     ) -> tuple[torch.Tensor | None, ...]:
         description, addresses = described(tensors)
-        # A number beyond 2^31 has a different type.
-        key = (description, settings, *[n >> 31 for n in varying]) if varying else (description, settings)
+        key = (description, settings, *map(_width, varying)) if varying else (description, settings)
         if torch.version.hip:
             # On AMD, programs are specialised on whether 31 bits address the storage.
             key += tuple(t is not None and t.untyped_storage().nbytes() < 2**31 for t in tensors)
@@ -127,6 +131,29 @@ def planned(plan: Callable[..., Call]) -> Callable[..., tuple[torch.Tensor | Non
 
     _caches.append(calls)
     return launch
+
+
+def _width(number: int) -> bool:
+    """Return True for an integer that has 32 bits in a program."""
+    number = int.__int__(number)
+    return -(2**31) <= number < 2**31
+
+
+class _Recorder(threading.local):
+    recording: Any = None
+
+
+_recorder = _Recorder()
+
+
+@contextlib.contextmanager
+def recorded(recording: Any) -> Iterator[None]:
+    """Launch through Triton in this thread, and note each launch (:mod:`.recording`)."""
+    before, _recorder.recording = _recorder.recording, recording
+    try:
+        yield
+    finally:
+        _recorder.recording = before
 
 
 class _PlannedCall:
@@ -146,22 +173,25 @@ class _PlannedCall:
         like = tensors[self.like]
         results = [None if m is None else like.new_empty(m) if d is None else like.new_empty(m, dtype=d)
                    for m, d in self.allocations]  # fmt: skip
-        call = self.call
-        if self.program is None or _is_watched(call.kernel):
+        call, recording = self.call, _recorder.recording
+        if recording is not None:
+            compiled = self._compile(tensors, results, [int.__int__(n) for n in varying])
+            recording.note(self, compiled, tensors, results, varying)
+        elif self.program is None or _is_watched(call.kernel):
             self._compile(tensors, results, varying)
         else:
             written = [None if r is None else r.data_ptr() for r in results]
             self.program(_stream_of(self.device), addresses, written, varying)
         return _summed(results, call.results) if self.sums else tuple(results)
 
-    def _compile(self, tensors, results, varying) -> None:
-        """Launch through Triton, and keep the compiled program unless the launch is watched."""
+    def _compile(self, tensors, results, varying) -> Any:
+        """Launch through Triton; return the compiled program, and keep it unless the launch is watched."""
         kernel, grid, _, numbers, constants, warps, left_out = self.call
         # Contract a * b + c to an fma: Triton's default so far, which is about to change.
         options = {"num_warps": warps, "enable_fp_fusion": True}
         compiled = kernel[grid](*tensors, *self.none, *results, *varying, *numbers, **constants, **options)
         if compiled is None or _is_watched(kernel):
-            return
+            return compiled
         x, y, z = (*grid, 1, 1)[:3]
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
         none, count = self.none, len(tensors) + left_out + len(results) + len(varying) + len(numbers)
@@ -173,6 +203,7 @@ class _PlannedCall:
             run(x, y, z, stream, function, metadata, None, None, None, *arguments)
 
         self.program = program
+        return compiled
 
 
 def _allocation(
@@ -195,7 +226,7 @@ def _summed(
     """Sum the parts of split results in a fixed order, several by one launch."""
     split = [i for i, r in enumerate(results) if r is not None and r.parts > 1]
     parts, size = max(results[i].parts for i in split), max(math.prod(results[i].shape) for i in split)
-    if 1 < len(split) <= MAX_SUMS and parts <= MAX_PARTS and size < 2**31 - SUM_BLOCK:
+    if len(split) <= MAX_SUMS and parts <= MAX_PARTS and size < 2**31 - SUM_BLOCK:
         none = (None,) * (MAX_SUMS - len(split))
         sums = _sum_parts((*(written[i] for i in split), *none), (tuple(results[i] for i in split),))
     else:
@@ -302,6 +333,13 @@ def _is_watched(kernel: triton.JITFunction) -> bool:
         or triton.knobs.compilation.__dict__
         or _WATCHED
     ) and _is_asked_to_watch(kernel)
+
+
+def watched() -> list[Any] | None:
+    """Return dictionaries and lists that are empty while nothing is watched; None if something always is."""
+    chains = [getattr(chain, "calls", None) for chain in _chains]
+    found = [_runtime.__dict__, triton.knobs.compilation.__dict__, *chains]
+    return None if _WATCHED or not all(type(c) in (dict, list) for c in found) else found
 
 
 def _is_asked_to_watch(kernel: triton.JITFunction) -> bool:

@@ -114,6 +114,7 @@ class _LinearLogProbBackward(Op):
     """Op for the gradients of (h, weight, bias, constants), None where not needed."""
 
     module = "head"
+    replays = False  # its products depend on torch's settings
     name = "linear_log_prob_backward"
     results = ", ".join(["Tensor"] * _GRADIENTS)
     schema = f"(Tensor grad, {_INPUTS}, str likelihood, bool[{_GRADIENTS}] need) -> ({results})"
@@ -157,6 +158,7 @@ class _LinearLogProb(Op):
     """Op for log p(x|z) [K, B]."""
 
     module = "head"
+    replays = False  # its products depend on torch's settings
     name = "linear_log_prob"
     schema = f"({_INPUTS}, str likelihood) -> Tensor"
     gradient = _LinearLogProbBackward()
@@ -201,6 +203,7 @@ class _ReduceLinearBackward(Op):
     """Op for the gradients of (h, weight, bias, constants, term), None where not needed."""
 
     module = "head"
+    replays = False  # its products depend on torch's settings
     name = "reduce_linear_backward"
     record = BoundReduction
     results = ", ".join(["Tensor"] * (_GRADIENTS + 1))
@@ -260,6 +263,7 @@ class _ReduceLinear(Op):
     """
 
     module = "head"
+    replays = False  # its products depend on torch's settings
     name = "reduce_linear"
     record = BoundReduction
     shown = 2

@@ -56,6 +56,7 @@ class Op:
         schema: arguments and results, in torch's syntax.
         record: the type of the record.
         shown: the number of results that a caller gets; the others are for the gradient.
+        replays: its launches on a GPU depend on its arguments alone, so that the C++ may repeat them.
         takes_keep: the op has a last argument, which callers omit: whether to keep a tensor for the backward
             pass of the C++.
         gradient: the op that computes this op's gradients; without it, differentiation raises.
@@ -66,6 +67,7 @@ class Op:
     schema: str
     record: type[Any] | None = None
     shown: int | None = None
+    replays: bool = True
     takes_keep: bool = False
     gradient: Op | None = None
 
@@ -102,6 +104,7 @@ class Op:
         self._fields = len(self.record._fields) if self.record else 0
         self._by_backend = functools.cache(self._implementation)
         REGISTERED[self.name] = self
+        self._gpu = self._replayed()
         self._registered = self._register("")
         self._kernel = self._register(_KERNEL)
         _library.impl(self.name, self._autograd, "Autograd")
@@ -110,7 +113,7 @@ class Op:
         # Fast paths by device and backend: a function, the autograd node that calls it, and whether it is the
         # C++. Everything else goes through the dispatcher.
         on_cpu = self._on_cpu, self._node(self._on_cpu, ON_CPU), False
-        on_gpu = self._on_gpu, self._node(self._on_gpu, ON_GPU), False
+        on_gpu = self._gpu, self._node(self._gpu, ON_GPU), False
         self._ways: dict[tuple[int, str], tuple[Callable, type[Any], bool]] = {
             (ON_CPU, "triton"): on_cpu,
             (ON_GPU, "triton"): on_gpu,
@@ -155,7 +158,9 @@ class Op:
         on_cpu = self._dispatched(self._checked(self._on_cpu))
         if not (overload and _implemented_in_cpp(self.name, registered, on_cpu)):
             _library.impl(name, on_cpu, "CPU")
-        _library.impl(name, self._dispatched(self._checked(self._on_gpu)), "CUDA")
+        on_gpu = self._dispatched(self._checked(self._gpu))
+        if not (overload and self._replayed_by_dispatcher(name, registered, on_gpu)):
+            _library.impl(name, on_gpu, "CUDA")
         _library.impl(name, self._dispatched(self._checked(self._elsewhere)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvae::{name}", self._dispatched(self._on_fake), lib=_library)
         return registered
@@ -172,6 +177,32 @@ class Op:
     def _on_gpu(self, *args):
         device = next(a.device for a in args if a is not None)
         return _backend.on_device(device, self._by_backend(_backend.on_gpu(device)), args)
+
+    def _replayed(self) -> Callable:
+        """Return the op on GPU tensors: in C++, which replays the launches that Python plans."""
+        types = _letters(self.schema) if self.replays else None
+        try:
+            replayed = _backend.extension().replayed
+        except (RuntimeError, AttributeError):  # left out, or missing by accident, which the first call reports
+            return self._on_gpu
+        if types is None:
+            return self._on_gpu
+
+        def planned(*args):
+            device = next(a.device for a in args if a is not None)
+            if _backend.on_gpu(device) != "triton" or not watches_launches():
+                return self._on_gpu(*args), None
+            return _backend.layer("triton", "recording").record(self._on_gpu, args, types)
+
+        return replayed(self.name, types, planned, self._on_gpu)
+
+    def _replayed_by_dispatcher(self, name: str, registered: Any, in_python: Callable) -> bool:
+        """Register the C++ for GPU tensors, and return whether that succeeded."""
+        if self._gpu == self._on_gpu:
+            return False
+        empty_for_none = self.gradient is not None and self.shown is not None
+        with_handles = _with_handles(_types(registered), in_python)
+        return bool(_backend.extension().implement_on_gpu(self._gpu, name, empty_for_none, with_handles))
 
     def _elsewhere(self, *args):
         return self._by_backend("reference")(*args)
@@ -250,7 +281,7 @@ class Op:
 
         if self.gradient is None or not place:
             return self._node_of(forward, self._differentiate)
-        run = self.gradient._on_cpu if place == ON_CPU else self.gradient._on_gpu
+        run = self.gradient._on_cpu if place == ON_CPU else self.gradient._gpu
 
         def backward(ctx, *grads):
             # Backend, grad mode or tensors may have changed since the forward pass.
@@ -294,6 +325,52 @@ _LETTERS = {
     "Tensor": "t", "Optional[Tensor]": "T", "int": "i", "SymInt": "i", "float": "f", "bool": "b", "str": "s",
     "List[bool]": "l", "ScalarType": "d",
 }  # fmt: skip
+# The same in a schema, and the arguments that vary from call to call.
+_IN_SCHEMA = {"Tensor?": "T", "ScalarType": "d"} | _LETTERS
+_VARY = {"sample_offset": "n", "row_offset": "n", "coefficient": "v"}
+
+
+def _types(registered: Any) -> list[str]:
+    # A dtype's type is that of its number.
+    return [str(a.real_type if str(a.type) == "int" else a.type) for a in registered._schema.arguments]
+
+
+def _letters(schema: str) -> str | None:
+    """Return the letters of a schema's arguments for the C++ that replays launches."""
+    letters = []
+    for argument in schema.partition("->")[0].strip(" ()").split(", "):
+        kind, _, name = argument.replace("*", "").strip().partition(" ")
+        kind = "List[bool]" if kind.startswith("bool[") else kind
+        if kind not in _IN_SCHEMA:
+            return None
+        letters.append(_VARY.get(name.partition("=")[0], _IN_SCHEMA[kind]))
+    return "".join(letters)
+
+
+@functools.cache
+def watches_launches() -> bool:
+    """Name to the C++ what it checks before each replay: the backend in force, and Triton's hooks.
+
+    Returns False where Triton must see every launch.
+    """
+    watched = _backend.layer("triton", "launching").watched()
+    if watched is not None:
+        _backend.extension().watch(_choice, _default(), watched)
+    return watched is not None
+
+
+def _with_handles(types: list[str], function: Callable) -> Callable:
+    """Adapt a function to a caller in C++, whose tensors are handles."""
+
+    def with_handles(*args):
+        given = zip(types, args, strict=True)
+        results = function(
+            *(from_handles([a])[0] if "Tensor" in t and a is not None else a for t, a in given)
+        )
+        results = results if isinstance(results, tuple) else (results,)
+        return [None if r is None else handle_of(r) for r in results]
+
+    return with_handles
 
 
 def _implemented_in_cpp(name: str, registered: Any, in_python: Callable) -> bool:
@@ -302,25 +379,15 @@ def _implemented_in_cpp(name: str, registered: Any, in_python: Callable) -> bool
     A compiled graph then calls it without Python, which costs 20 µs more per op. Calls that the C++ does not
     handle, and other backends, go to ``in_python``.
     """
-    # A dtype's type is that of its number.
-    types = [str(a.real_type if str(a.type) == "int" else a.type) for a in registered._schema.arguments]
+    types = _types(registered)
     try:
         implement = _backend.extension().implement
     except (RuntimeError, AttributeError):  # left out, or missing by accident, which the first call reports
         return False
     if not all(t in _LETTERS for t in types):
         return False
-
-    def with_handles(*args):
-        given = zip(types, args, strict=True)
-        results = in_python(
-            *(from_handles([a])[0] if "Tensor" in t and a is not None else a for t, a in given)
-        )
-        results = results if isinstance(results, tuple) else (results,)
-        return [None if r is None else handle_of(r) for r in results]
-
     letters = "".join(_LETTERS[t] for t in types)
-    return bool(implement(name, _KERNEL, letters, with_handles, _backend.on_cpu))
+    return bool(implement(name, _KERNEL, letters, _with_handles(types, in_python), _backend.on_cpu))
 
 
 def or_none(tensor: Tensor | None) -> Tensor | None:
