@@ -1,11 +1,11 @@
 """CPU emulator of the PTX that Triton emits: tests the code a GPU receives instead of the interpreter.
 
-All threads of a program run in lockstep, as numpy arrays with one entry per thread; a branch must be the same
-for all. The hardware's approximate functions get a random error as large as NVIDIA documents, so that passing
-does not depend on luck: relative, ex2 2^-22 (PTX ISA), but 2^-23 for arguments up to a half, since CUDA's
-expf is built from these and documented with an ulp; rsqrt 2^-22.9; sqrt 2^-23; lg2 2^-22, and absolutely
-2^-22 in (1/2, 2); sin and cos 2^-20.5 absolutely. Only the instructions that the kernels use are implemented;
-any other fails by name.
+All threads of a program run in lockstep, as numpy arrays with one entry per thread; where a branch parts
+them, those behind run first. The hardware's approximate functions get a random error as large as NVIDIA
+documents, so that passing does not depend on luck: relative, ex2 2^-22 (PTX ISA), but 2^-23 for arguments up
+to a half, since CUDA's expf is built from these and documented with an ulp; rsqrt 2^-22.9; sqrt and rcp
+2^-23; lg2 2^-22, and absolutely 2^-22 in (1/2, 2); sin and cos 2^-20.5 absolutely. Only the instructions that
+the kernels use are implemented; any other fails by name.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ import triton
 
 from tools import kernels
 
-U16, U32, U64, F32 = np.uint16, np.uint32, np.uint64, np.float32
+U16, U32, U64, F16, F32, F64 = np.uint16, np.uint32, np.uint64, np.float16, np.float32, np.float64
 TYPES = {
     "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": U16, "u16": U16, "s16": np.int16, "bf16": U16,
     "b32": U32, "u32": U32, "s32": np.int32, "f32": F32, "b64": U64, "u64": U64, "s64": np.int64,
+    "f16": F16, "f64": F64,
 }  # fmt: skip
-REGISTERS = {"rd": U64, "rs": U16, "r": U32, "p": np.bool_}
+REGISTERS = {"rd": U64, "rs": U16, "r": U32, "p": np.bool_, "SPL": U64, "SP": U64}
+REGISTER = re.compile(r"%(?:(rd|rs|r|p)\d+|(SPL?))$")
+# Types of two halves, by name, and that of each half.
+PAIRS = {"bf16x2": "bf16", "f16x2": "f16"}
 ERRORS = {
     "ex2": lambda x: np.where(np.abs(x) <= 0.51, 2.0**-23, 2.0**-22),
     "rsqrt": lambda x: 2.0**-22.9,
     "sqrt": lambda x: 2.0**-23,
+    "rcp": lambda x: 2.0**-23,
 }
 ABSOLUTE_ERRORS = {
     "lg2": lambda x: 2.0**-22 * np.where((x > 0.5) & (x < 2), 1.0, np.abs(np.log2(x))),
@@ -55,20 +60,40 @@ def _narrow(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), U32(0x7FC0), rounded).astype(U16)
 
 
+def _read(bits: np.ndarray, half: str) -> np.ndarray:
+    """Convert the bits of a half-precision type to float32."""
+    return _wide(bits) if half == "bf16" else np.ascontiguousarray(bits).view(F16).astype(F32)
+
+
+def _bits(x: np.ndarray, half: str) -> np.ndarray:
+    """Round to a half-precision type, and return its bits."""
+    return _narrow(x) if half == "bf16" else np.ascontiguousarray(x.astype(F16)).view(U16)
+
+
 class Program:
-    """PTX kernel: its parameters, instructions and labels."""
+    """PTX kernel: its parameters, instructions, labels, tables, and bytes of local memory per thread."""
 
     def __init__(self, text: str):
+        self.tables = {
+            name: np.array([int(n, 0) for n in values.split(",")], np.uint8)
+            for name, values in re.findall(r"\.global \.align \d+ \.b8 (\w+)\[\d+\] = \{([^}]*)\}", text)
+        }
+        self.local = max((int(n) for n in re.findall(r"\.b8\s+__local_depot\d+\[(\d+)\]", text)), default=0)
         head, body = re.search(r"\.entry \w+\((.*?)\)(.*)", text, re.S).groups()
         self.parameters = re.findall(r"_param_(\d+)", head)
         self.instructions, self.labels = [], {}
         body = re.sub(r"//[^\n]*", "", body)
+        # The unused half of a pair that is taken apart.
+        body = re.sub(r"\{ \.reg \.b32 tmp; ([^}]*?)tmp([^}]*\}[^}]*;) \}", r"\1_\2", body)
         for line in body.replace("{\n", "\n").splitlines():
             line = line.strip()
             if label := re.match(r"(\$L__BB\d+_\d+):", line):
                 self.labels[label[1]] = len(self.instructions)
-            if m := re.match(r"(?:@(!?)%(p\d+)\s+)?([a-z][\w.:]*)\s*(.*?);$", line):
+            elif m := re.match(r"(?:@(!?)%(p\d+)\s+)?([a-z][\w.:]*)\s*(.*?);$", line):
                 self.instructions.append((m[1] == "!", m[2], m[3].split("."), _operands(m[4])))
+            elif line and line[0] not in ".${}":
+                # A call, say, which fails only where it is executed.
+                self.instructions.append((False, None, ["unknown"], [line]))
 
 
 def _operands(text: str) -> list[str]:
@@ -85,34 +110,53 @@ class Threads:
         self.count, self.memory, self.parameters, self.place = count, memory, parameters, place
         self.registers: dict[str, np.ndarray] = {}
         self.shared = np.zeros(shared, np.uint8)
+        self.local = np.zeros((count, 0), np.uint8)
+        self.tables: dict[str, np.ndarray] = {}
         self.random = np.random.default_rng(7)
 
     def run(self, program: Program) -> None:
-        at, steps = 0, 0
-        while at < len(program.instructions):
+        end, steps = len(program.instructions), 0
+        self.local, self.tables = np.zeros((self.count, program.local), np.uint8), program.tables
+        # The next instruction of all threads, or of each where a branch parted them: the rearmost go first,
+        # so that they meet again where their ways join.
+        at, each = 0, None
+        while at < end:
+            here = None if each is None else each == at
             negated, predicate, op, operands = program.instructions[at]
-            at, steps = at + 1, steps + 1
+            steps += 1
             assert steps < 10**6, "an endless loop"
-            active = None
+            active = here
             if predicate is not None:
                 active = self.registers[predicate] ^ negated
+                active = active if here is None else active & here
+            following = at + 1
             if op[0] in ("bra", "ret"):
-                taken = True if active is None else active[0]
-                assert active is None or (active == taken).all(), "threads of a program part ways"
-                if taken:
-                    at = program.labels[operands[0]] if op[0] == "bra" else len(program.instructions)
-                continue
-            getattr(self, "do_" + op[0], self.do_elementwise)(op, operands, active)
+                target = program.labels[operands[0]] if op[0] == "bra" else end
+                if active is None or (here is None and active.all()):
+                    following = target
+                elif active.any():
+                    each = np.full(self.count, at) if each is None else each
+                    each = np.where(active, target, np.where(each == at, at + 1, each))
+                    at = int(each.min())
+                    continue
+            else:
+                getattr(self, "do_" + op[0], self.do_elementwise)(op, operands, active)
+            if each is not None:
+                each[each == at] = following
+                following = int(each.min())
+                each = None if (each == following).all() else each
+            at = following
 
     def value(self, operand: str, dtype: type) -> np.ndarray:
         """Return an operand as an array of ``dtype``, by its bits."""
         operand = operand.strip()
-        if m := re.match(r"%(rd|rs|r|p)\d+$", operand):
+        if m := REGISTER.match(operand):
+            kind = m[1] or m[2]
             stored = self.registers.get(operand[1:])
             if stored is None:
                 # Never written: all bits set, which as a float is NaN.
-                stored = ~np.zeros(self.count, REGISTERS[m[1]])
-            if m[1] == "p":
+                stored = ~np.zeros(self.count, REGISTERS[kind])
+            if kind == "p":
                 return stored
             return stored.astype(f"u{np.dtype(dtype).itemsize}").view(dtype)
         if operand.startswith("%"):
@@ -122,7 +166,11 @@ class Threads:
             return np.full(self.count, self.place["xyz".index(axis)], U32).astype(dtype)
         if operand.startswith("0f"):
             return np.full(self.count, int(operand[2:], 16), U32).view(F32)
-        if operand in ("global_smem", "_"):
+        if operand.startswith("0d"):
+            return np.full(self.count, int(operand[2:], 16), U64).view(F64)
+        if operand in self.tables:
+            return np.full(self.count, self.tables[operand].ctypes.data, U64).astype(dtype)
+        if operand in ("global_smem", "_") or operand.startswith("__local_depot"):
             return np.zeros(self.count, dtype)
         number = int(operand.rstrip("U"), 0)
         size = np.dtype(dtype).itemsize
@@ -136,7 +184,8 @@ class Threads:
         operand = operand.strip()
         if operand == "_":
             return
-        kind = REGISTERS[re.match(r"%(rd|rs|r|p)\d+$", operand)[1]]
+        m = REGISTER.match(operand)
+        kind = REGISTERS[m[1] or m[2]]
         if kind is not np.bool_:
             value = np.ascontiguousarray(value)
             value = value.view(f"u{value.dtype.itemsize}") if value.dtype != np.bool_ else value
@@ -151,7 +200,9 @@ class Threads:
 
     def address(self, operand: str) -> np.ndarray:
         base, _, offset = operand.strip("[] ").partition("+")
-        return self.value(base, U64 if "%rd" in base else U32).astype(np.int64) + int(offset or "0", 0)
+        return self.value(base, U64 if re.match("%rd|%SP", base) else U32).astype(np.int64) + int(
+            offset or "0", 0
+        )
 
     def do_ld(self, op, operands, active):
         dtype = TYPES[op[-1]]
@@ -170,9 +221,21 @@ class Threads:
         out = np.zeros((self.count, size), np.uint8)
         if space == "shared":
             out[on] = self.shared[address[on, None] + np.arange(size)]
+        elif space == "local":
+            out[on] = self.local[np.nonzero(on)[0][:, None], address[on, None] + np.arange(size)]
+        elif table := self._table(address[on]):
+            out[on] = table[0][(address[on] - table[1])[:, None] + np.arange(size)]
         else:
             self.memory.load(address, size, on, out)
         return out
+
+    def _table(self, address: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """Return the program's table that the addresses lie in, and its own address."""
+        for table in self.tables.values():
+            first = table.ctypes.data
+            if address.size and first <= address.min() and address.max() < first + table.size:
+                return table, first
+        return None
 
     def do_st(self, op, operands, active):
         dtype, size = TYPES[op[-1]], np.dtype(TYPES[op[-1]]).itemsize
@@ -181,6 +244,10 @@ class Threads:
             value = np.ascontiguousarray(self.value(name, dtype)).view(np.uint8).reshape(self.count, size)
             if op[1] == "shared":
                 self.shared[(address + i * size)[on, None] + np.arange(size)] = value[on]
+            elif op[1] == "local":
+                self.local[np.nonzero(on)[0][:, None], (address + i * size)[on, None] + np.arange(size)] = (
+                    value[on]
+                )
             else:
                 self.memory.store(address + i * size, size, on, value)
 
@@ -223,6 +290,13 @@ class Threads:
     def do_bar(self, op, operands, active):
         """Do nothing: the threads run in lockstep."""
 
+    def do_cvta(self, op, operands, active):
+        """Copy an address: only functions, which are never called, would use the generic one."""
+        self.put(operands[0], self.value(operands[1], U64), active)
+
+    def do_createpolicy(self, op, operands, active):
+        """Do nothing: a cache's policy changes no value."""
+
     def do_shfl(self, op, operands, active):
         to, source, lane, *_ = operands
         warps, lane = self.value(source, U32).reshape(-1, 32), self.value(lane, U32).reshape(-1, 32)
@@ -250,10 +324,11 @@ class Threads:
     def do_setp(self, op, operands, active):
         to, a, b = operands
         kind = op[2]
-        if kind == "bf16x2":
+        if half := PAIRS.get(kind):
             x, y = (np.ascontiguousarray(self.value(o, U32)).view(U16).reshape(-1, 2) for o in (a, b))
             for i, name in enumerate(to.split("|")):
-                self.put(name, self._compared(op[1], _wide(x[:, i].copy()), _wide(y[:, i].copy())), active)
+                of_one = (_read(values[:, i].copy(), half) for values in (x, y))
+                self.put(name, self._compared(op[1], *of_one), active)
             return
         x, y = self.value(a, TYPES[kind]), self.value(b, TYPES[kind])
         if kind == "bf16":
@@ -276,16 +351,21 @@ class Threads:
 
     def do_cvt(self, op, operands, active):
         to, *sources = operands
-        kinds = [k for k in op[1:] if k in TYPES or k == "bf16x2"]
+        kinds = [k for k in op[1:] if k in TYPES or k in PAIRS]
         target, source = kinds
-        if target == "bf16x2":
-            high, low = (_narrow(self.value(s, F32)) for s in sources)
+        if half := PAIRS.get(target):
+            high, low = (_bits(self.value(s, F32), half) for s in sources)
             self.put(to, (high.astype(U32) << U32(16)) | low, active)
             return
         x = self.value(sources[0], TYPES[source])
         if source == "bf16":
             x = _wide(x)
+        for rounding in set(op) & ROUNDINGS.keys():
+            x = ROUNDINGS[rounding](x)
         self.put(to, _narrow(x) if target == "bf16" else x.astype(TYPES[target]), active)
+
+    def do_unknown(self, op, operands, active):
+        raise AssertionError(f"unknown instruction {operands[0]}")
 
     def do_elementwise(self, op, operands, active):
         to, *sources = operands
@@ -294,15 +374,16 @@ class Threads:
             values = [self.value(s, np.bool_) for s in sources]
             self.put(to, getattr(np, f"logical_{name}")(*values), active)
             return
-        if kind == "bf16x2" and name == "abs":
+        if kind in PAIRS and name == "abs":
             self.put(to, self.value(sources[0], U32) & U32(0x7FFF7FFF), active)
             return
-        if kind == "bf16x2":  # of each half separately
+        if half := PAIRS.get(kind):  # of each half separately
             words = [self.value(s, U32) for s in sources]
             low, high = (
-                ELEMENTWISE[name](*(_wide((w >> U32(shift)).astype(U16)) for w in words)) for shift in (0, 16)
+                _bits(ELEMENTWISE[name](*(_read((w >> U32(shift)).astype(U16), half) for w in words)), half)
+                for shift in (0, 16)
             )
-            self.put(to, (_narrow(high).astype(U32) << U32(16)) | _narrow(low).astype(U32), active)
+            self.put(to, (high.astype(U32) << U32(16)) | low.astype(U32), active)
             return
         if kind == "f32x2":
             pairs = [np.ascontiguousarray(self.value(s, U64)).view(F32) for s in sources]
@@ -310,7 +391,7 @@ class Threads:
             return
         if kind == "bf16":  # d = a + c or a b + c with c, d in float32
             if op[-2] != "f32":  # or all of them in bfloat16
-                assert name in ("max", "min"), f"unknown instruction {'.'.join(op)}"
+                assert name in ("abs", "max", "min"), f"unknown instruction {'.'.join(op)}"
                 values = [_wide(self.value(s, U16)) for s in sources]
                 self.put(to, _narrow(ELEMENTWISE[name](*values).astype(F32)), active)
                 return
@@ -350,6 +431,8 @@ class Threads:
             return
         assert function is not None, f"unknown instruction {'.'.join(op)}"
         values = [self.value(s, dtype) for s in sources]
+        if kind == "f16":  # every operation is exact in float64, then rounded
+            values = [v.astype(F64) for v in values]
         out = function(*values)
         if name in ERRORS and "approx" in op:
             out = out * (1 + ERRORS[name](values[0]) * self.random.uniform(-1, 1, self.count))
@@ -376,19 +459,33 @@ def _of_all(function: Callable) -> Callable:
 
 
 def _fma(a, b, c):
-    if a.dtype != F32:
+    if a.dtype == F32:
+        # The product is exact in float64.
+        return a.astype(F64) * b.astype(F64) + c.astype(F64)
+    if a.dtype != F64:
         return a * b + c
-    # The product is exact in float64.
-    return a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
+    # The product and the sum, each with the error of its rounding (Dekker, Knuth).
+    product, total = a * b, a * b + c
+    halves = []
+    for x in (a, b):
+        high = x * 134217729.0 - (x * 134217729.0 - x)
+        halves.append((high, x - high))
+    (a_high, a_low), (b_high, b_low) = halves
+    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+    part = total - product
+    error = error + ((product - (total - part)) + (c - part))
+    return np.where(np.isfinite(error), total + error, total)
 
 
+ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 ELEMENTWISE: dict[str, Callable] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": _fma, "mad": _fma, "min": _of_all(np.fmin),
     "max": _of_all(np.fmax), "abs": np.abs, "neg": np.negative, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert, "ex2": np.exp2, "sqrt": np.sqrt,
     "lg2": np.log2, "sin": np.sin, "cos": np.cos,
-    "rsqrt": lambda x: 1 / np.sqrt(x.astype(np.float64)),
-    "div": lambda a, b: a / b if a.dtype == F32 else (np.trunc(a / b)).astype(a.dtype),
+    "rsqrt": lambda x: 1 / np.sqrt(x.astype(np.float64)), "rcp": lambda x: 1 / x.astype(np.float64),
+    "div": lambda a, b: a / b if a.dtype in (F32, F64) else (np.trunc(a / b)).astype(a.dtype),
+    "copysign": lambda sign, x: np.copysign(x, sign),
 }  # fmt: skip
 
 
