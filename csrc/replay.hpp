@@ -6,7 +6,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -350,6 +349,13 @@ inline std::shared_ptr<const Plan> plan_of(const ReplayedOp& op, const std::stri
   return found->second;
 }
 
+template <class Number>
+std::vector<Number> numbers_of(const pybind11::object& sequence) {
+  std::vector<Number> numbers;
+  for (const pybind11::handle item : sequence) numbers.push_back(item.cast<Number>());
+  return numbers;
+}
+
 // Builds a plan from (device, creations, shown, single, launches, kept); see kernels/recording.py.
 inline Plan plan_from(const pybind11::object& description) {
   namespace py = pybind11;
@@ -365,18 +371,18 @@ inline Plan plan_from(const pybind11::object& description) {
     while (dtype < kDtypes && torch_names().dtypes[dtype] != creation.dtype.ptr()) ++dtype;
     if (dtype == kDtypes) return plan;
     creation.type = torch_interface().dtypes[dtype];
-    creation.sizes = creation.size.cast<std::vector<i64>>();
+    creation.sizes = numbers_of<i64>(creation.size);
     creation.strides.resize(creation.sizes.size());
     i64 stride = 1;
     for (std::size_t i = creation.sizes.size(); i-- > 0; stride *= creation.sizes[i])
       creation.strides[i] = stride;
     plan.creations.push_back(std::move(creation));
   }
-  plan.shown = parts[2].cast<std::vector<int>>();
+  plan.shown = numbers_of<int>(parts[2]);
   plan.single = parts[3].cast<bool>();
   for (const py::handle item : py::list(parts[4])) {
     const py::tuple its(py::reinterpret_borrow<py::object>(item));
-    const auto grid = its[1].cast<std::array<unsigned, 3>>();
+    const auto grid = numbers_of<unsigned>(its[1]);
     Launch launch{reinterpret_cast<void*>(its[0].cast<Word>()),
                   {grid[0], grid[1], grid[2]},
                   its[2].cast<unsigned>(),

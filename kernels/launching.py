@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import struct
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -66,6 +67,12 @@ def fixed(n: int) -> tl.constexpr:
     Not for batch sizes or sample counts, which change.
     """
     return tl.constexpr(n)
+
+
+def bits_of(value: float) -> int:
+    """Return a float64 as the integer of its bits: Triton passes floats as float32."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return value.bits(bits) if hasattr(value, "bits") else bits  # one of a recorded call, which varies
 
 
 def described_in_python(tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, tuple[int | None, ...]]:

@@ -64,6 +64,10 @@ class _Varying:
     place: int
     recording: Recording
 
+    def bits(self, value: int) -> Any:
+        """Return the bits of a real number, which vary with it."""
+        return _varying(value, self.place, self.recording)
+
 
 def _refuse(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any) -> Any:
@@ -118,7 +122,11 @@ def record(
         if letter not in "nv":
             return value
         place = next(places)
-        special = isinstance(value, float) and (value in (0, 1, -1) or value - value != 0)
+        if letter == "n":
+            return _varying(value, place, recording)
+        value = float(value)
+        # Special values have plans of their own.
+        special = value in (0, 1, -1) or value - value != 0
         return value if special else _varying(value, place, recording)
 
     given = [

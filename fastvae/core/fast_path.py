@@ -35,11 +35,11 @@ def in_eager_mode() -> bool:
     )
 
 
-def is_usual(t: Any) -> bool:
-    """Return True for a plain, dense, floating-point CPU tensor, which the C++ reads as it is."""
+def is_usual(t: Any, gpu: torch.device | None = None) -> bool:
+    """Return True for a plain, dense, floating-point tensor on the CPU, or on ``gpu``."""
     return (
         type(t) in _PLAIN
-        and t.is_cpu
+        and (t.is_cpu if gpu is None else t.device == gpu)
         and t.dtype in FLOATING
         and t.layout is torch.strided
         and not (t.is_nested or t.is_neg() or is_functorch_wrapped(t))

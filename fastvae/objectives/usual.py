@@ -1,4 +1,4 @@
-"""The usual call of an objective: validated once, and sent to the C++ without the layers between.
+"""The usual call of an objective: validated once, and sent to the two ops without the layers between.
 
 For a model of ten features Python's layers cost more than the kernels. Any other call takes the general path,
 which computes the same numbers from the same random state.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core import backend as _backend
+from ..core.checks import checks_data
 from ..core.fast_path import in_eager_mode, is_usual
 from ..core.hints import noted
 from ..core.nested import note_of_call
@@ -41,9 +42,9 @@ def usual_bound(
 ) -> Tensor | None:
     """Return the bound of a call without conditioning inputs, or None if it is not usual.
 
-    Usual are plain CPU tensors x [B, *event] and q, a pair of [B, D], [B, 2 D] or a VAE's reading of these,
-    in eager mode on the native backend, one of fastvae's likelihoods with a fused op, and the prior N(0, I).
-    A decoder may return anything.
+    Usual are plain tensors x [B, *event] and q, a pair of [B, D], [B, 2 D] or a VAE's reading of these, on
+    the CPU or one GPU, in eager mode on the native backend, one of fastvae's likelihoods with a fused op, and
+    the prior N(0, I). A decoder may return anything.
 
     Args:
         x: data, not yet validated, as are the next four.
@@ -61,7 +62,7 @@ def usual_bound(
         return None
     if prior is not None and not (isinstance(prior, Distribution) and is_family(prior, StandardNormal)):
         return None
-    pair = _pair(x, q) if _backend.on_cpu() == "native" and in_eager_mode() else None
+    pair = _pair(x, q) if in_eager_mode() and _is_native(x) else None
     if pair is None or not callable(decoder) or k > 2**32:
         return None
     if x.requires_grad and not known.differentiable:
@@ -84,12 +85,33 @@ def usual_bound(
     return direct_reduce(known.name, x, parameters, term, how)
 
 
+def _is_native(x: Any) -> bool:
+    """Return True for data on the CPU or on a GPU if the native backend takes them unread.
+
+    With FASTVAE_CHECK the values of x on a GPU are read, which the general path does.
+    """
+    if not isinstance(x, Tensor):
+        return False
+    if x.is_cpu:
+        return _backend.on_cpu() == "native"
+    return x.is_cuda and _backend.chosen() == "native" and _on_gpu(x.device) and not checks_data()
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return _backend.on_gpu(device) == "triton"
+
+
+def _gpu_of(x: Tensor) -> torch.device | None:
+    return None if x.is_cpu else x.device
+
+
 def _pair(x: Any, q: Any) -> tuple[Tensor, Tensor] | None:
     """Return mu and logvar, [B, D] each, if they and x [B, *event] are usual and x is not empty."""
-    if not is_usual(x) or x.dim() < 2 or not x.numel():
+    gpu = _gpu_of(x)
+    if not is_usual(x, gpu) or x.dim() < 2 or not x.numel():
         return None
     if type(q) is Tensor:
-        if not is_usual(q) or q.dim() != 2:
+        if not is_usual(q, gpu) or q.dim() != 2:
             return None
         batch, width = q.shape
         if batch != x.shape[0] or width % 2 or not width:
@@ -98,7 +120,7 @@ def _pair(x: Any, q: Any) -> tuple[Tensor, Tensor] | None:
         return mu, logvar
     if type(q) is DiagonalNormal and q.form is None and q.latent is None and q.z_dtype is None:
         q = q.mu, q.logvar
-    if type(q) is not tuple or len(q) != 2 or not (is_usual(q[0]) and is_usual(q[1])):
+    if type(q) is not tuple or len(q) != 2 or not (is_usual(q[0], gpu) and is_usual(q[1], gpu)):
         return None
     shape = q[0].shape
     fits = len(shape) == 2 and shape[0] == x.shape[0] and q[1].shape == shape and q[1].dtype == q[0].dtype
@@ -112,13 +134,14 @@ def _parameters(known: Declared, x: Tensor, k: int, output: Any) -> tuple[Tensor
     if len(returned) + len(given) != len(known.outputs) or not in_eager_mode():
         return None
     shape = (k * x.shape[0], *x.shape[1:])
-    if not all([is_usual(p) and p.shape == shape for p in returned]):
+    gpu = _gpu_of(x)
+    if not all([is_usual(p, gpu) and p.shape == shape for p in returned]):
         return None
     if not given:
         return returned
     wide = accumulator(returned[0].dtype)
-    own = [_number(p, wide) if type(p) is float else of_the_event(p, returned[0], x) for p in given]
-    return known._arranged(returned, own) if all([is_usual(p) for p in own]) else None
+    own = [_number(p, wide, gpu) if type(p) is float else of_the_event(p, returned[0], x) for p in given]
+    return known._arranged(returned, own) if all([is_usual(p, gpu) for p in own]) else None
 
 
 def _rows(parameter: Tensor) -> Tensor:
@@ -126,12 +149,22 @@ def _rows(parameter: Tensor) -> Tensor:
     return parameter if parameter.dim() < 2 else parameter.reshape(len(parameter), -1)
 
 
+def _number(value: float, dtype: torch.dtype, gpu: torch.device | None) -> Tensor:
+    """Return a likelihood's own number as a tensor, which later calls share."""
+    if gpu is None:
+        return _shared_number(value, dtype, "cpu", 0)
+    if torch.cuda.is_current_stream_capturing():
+        # Memory of the graph, in which it is written at each replay.
+        return torch.full((), value, dtype=dtype, device=gpu)
+    # Another stream might read it before it is written.
+    return _shared_number(value, dtype, gpu, torch.cuda.current_stream(gpu).cuda_stream)
+
+
 @functools.lru_cache(64)
-def _number(value: float, dtype: torch.dtype) -> Tensor:
-    """Return a likelihood's own number as a tensor, which every later call shares."""
+def _shared_number(value: float, dtype: torch.dtype, device: torch.device | str, stream: int) -> Tensor:
     # Autograd saves no tensor of inference mode.
     with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype, device="cpu")
+        return torch.full((), value, dtype=dtype, device=device)
 
 
 _own: dict[type[Declared], bool] = {}

@@ -139,15 +139,16 @@ class Op:
         return results if self.shown is None else results[: self.shown]
 
     def direct(self, wanted: bool, *args: Any) -> Any:
-        """Return all results of the C++ for arguments that the caller has found fit for the fast path.
+        """Return all results for arguments that the caller has found fit for the fast path.
 
         Args:
             wanted: whether autograd will request gradients.
-            args: plain CPU tensors, in eager mode on the native backend, and the other arguments.
+            args: plain tensors on the CPU or on one GPU, in eager mode on the native backend, and the other
+                arguments.
         """
-        function, node, _ = self._ways[ON_CPU, "native"]
+        function, node, native = self._ways[ON_CPU if args[0].is_cpu else ON_GPU, "native"]
         if self.takes_keep:
-            args = (*args, wanted)
+            args = (*args, wanted and native)
         return node.apply(*args) if wanted else function(*args)
 
     def _register(self, overload: str) -> Any:
