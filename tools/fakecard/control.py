@@ -1,9 +1,9 @@
 """Control of the fake card, inside its environment: what was launched, errors to order, the host's time.
 
-    >>> from tools.fakecard import control                        # doctest: +SKIP
-    >>> with control.launches() as found:                         # doctest: +SKIP
-    ...     fastvae.elbo(x, q, decoder).backward()
-    >>> [launch.name for launch in found]                         # doctest: +SKIP
+>>> from tools.fakecard import control                        # doctest: +SKIP
+>>> with control.launches() as found:                         # doctest: +SKIP
+...     fastvae.elbo(x, q, decoder).backward()
+>>> [launch.name for launch in found]                         # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def launches() -> Iterator[list[Launch]]:
     """Record the launches within the block, of all threads; the list is filled at its end."""
     global _recording
     if _recording:
-        raise RuntimeError("launches() within launches(): one block records at a time; leave the outer one first")
+        raise RuntimeError(
+            "launches() within launches(): one block records at a time; leave the outer one first"
+        )
     found: list[Launch] = []
     _recording = True
     library().fakecard_record(1)
@@ -193,7 +195,8 @@ def failing(kind: str, code: int, skipped: int = 0) -> Iterator[None]:
 
     Args:
         kind: kind of the call, one of ``KINDS``.
-        code: CUDA's number of the error, such as 2 (out of memory), 700 (illegal address), 719 (launch failed).
+        code: CUDA's number of the error, such as 2 (out of memory), 700 (illegal address) or 719 (launch
+            failed).
         skipped: number of calls of this kind that succeed before. Default: 0.
     """
     if kind not in KINDS:
