@@ -1,4 +1,7 @@
-"""Shared fixtures: Triton's interpreter where there is no GPU, poisoned memory, one device, all backends."""
+"""Shared fixtures: Triton's interpreter where there is no GPU, poisoned memory, one device, all backends.
+
+With the fake card (tools/fakecard) CUDA is available, and every test computes on it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 import fastvae  # noqa: E402
-from tools import interpreter  # noqa: E402
+from tools import fakecard, interpreter  # noqa: E402
 
 from .cases import DEVICE  # noqa: E402
 
@@ -51,6 +54,26 @@ hypothesis.settings.load_profile(os.environ.get("FASTVAE_TEST_PROFILE", "fastvae
 
 if not CUDA:
     interpreter.quicken()
+
+# They look at the fake card itself: neither a CPU nor a real GPU has what they count.
+collect_ignore = [] if fakecard.is_active() else ["gpu_host"]
+
+if fakecard.is_active():
+    from tools.fakecard import device as fake_device
+
+    @pytest.fixture(autouse=True)
+    def card():
+        """Let the fake card compute, by emulation; yields the launches of Triton's kernels."""
+        with fake_device.computing() as ran:
+            yield ran
+
+
+def pytest_terminal_summary(terminalreporter):
+    # Not a header, which `-q` hides.
+    if not fakecard.is_active():
+        terminalreporter.write_line(
+            "tests/gpu_host: left out, run by `python -m tools.fakecard -- python -m pytest tests/gpu_host`"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -287,6 +287,23 @@ class Threads:
         values = self._bytes("global", self.address(operands[1]), size, some)
         self.shared[self.address(operands[0])[on, None] + np.arange(size)] = values[on]
 
+    def do_mma(self, op, operands, active):
+        """Multiply matrices of float64, whose cells lie in four threads for each row of eight."""
+        assert op[3] == "m16n8k16" and op[-1] == "f64", f"unknown instruction {'.'.join(op)}"
+        to, *factors = (o.strip("{} ").split(",") for o in operands)
+        a, b, c = (np.stack([self.value(n, F64).reshape(-1, 32) for n in f], -1) for f in factors)
+        lane = np.arange(32)
+        group, inside = lane[:, None] // 4, lane[:, None] % 4
+        a_i, b_i, c_i = np.arange(8), np.arange(4), np.arange(4)
+        left, right, out = (np.zeros((a.shape[0], *shape)) for shape in ((16, 16), (16, 8), (16, 8)))
+        left[:, group + 8 * (a_i % 2), 4 * (a_i // 2) + inside] = a
+        right[:, 4 * b_i + inside, group] = b
+        at = group + 8 * (c_i // 2), 2 * inside + c_i % 2
+        out[(slice(None), *at)] = c
+        result = (left @ right + out)[(slice(None), *at)]
+        for i, name in enumerate(to):
+            self.put(name, result[..., i].reshape(-1), active)
+
     def do_bar(self, op, operands, active):
         """Do nothing: the threads run in lockstep."""
 
@@ -435,7 +452,9 @@ class Threads:
             values = [v.astype(F64) for v in values]
         out = function(*values)
         if name in ERRORS and "approx" in op:
-            out = out * (1 + ERRORS[name](values[0]) * self.random.uniform(-1, 1, self.count))
+            # rsqrt of all 64 bits is a routine of the assembler, and CUDA's own function.
+            error = 2.0**-52 if kind == "f64" and "ftz" not in op else ERRORS[name](values[0])
+            out = out * (1 + error * self.random.uniform(-1, 1, self.count))
         if name in ABSOLUTE_ERRORS:
             out = out + ABSOLUTE_ERRORS[name](values[0]) * self.random.uniform(-1, 1, self.count)
         self.put(to, out.astype(dtype), active)

@@ -14,13 +14,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.fakecard",
         usage="python -m tools.fakecard [options] -- COMMAND ...",
-        description="Run a command with torch's CUDA build on a machine without a card: all of CUDA that torch "
-        "and Triton ask for is answered by stand-ins, and kernels are counted instead of run. The first use "
-        "builds the environment.",
+        description="Run a command with torch's CUDA build on a machine without a card: stand-ins answer all "
+        "that torch and Triton ask of CUDA, and kernels are counted instead of run. The first use builds the "
+        "environment.",
         epilog="Example: python -m tools.fakecard -- python -m benchmarks frontend --device cuda --cpu",
     )
-    parser.add_argument("--dir", type=Path, help=f"folder of the environment (default {build.default_folder()})")
-    parser.add_argument("--devices", type=int, default=1, help="number of cards (default 1, at most 8)")
+    parser.add_argument(
+        "--dir", type=Path, help=f"folder of the environment (default {build.default_folder()})"
+    )
+    parser.add_argument("--devices", type=int, default=2, help="number of cards (default 2, at most 8)")
     parser.add_argument("--torch", default=build.TORCH, help=f"version of torch (default {build.TORCH})")
     parser.add_argument("--build", action="store_true", help="build the environment only")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="command to run, after --")
@@ -36,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     environment = build.environment(variables, options.devices)
     sys.stdout.flush()
     os.execvpe(command[0], command, environment)
+    raise AssertionError("unreachable")
 
 
 if __name__ == "__main__":

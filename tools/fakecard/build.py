@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 TORCH = "2.13.0"
 # What torch, the tests and the benchmarks import; torch brings its own Triton's version. The tests' tools are
 # those of pyproject.toml.
-PACKAGES = ("filelock", "fsspec", "jinja2", "matplotlib", "networkx", "numpy", "pybind11", "setuptools>=77.0.3",
-            "sympy", "tqdm", "typing_extensions")  # fmt: skip
+PACKAGES = ("filelock", "fsspec", "jinja2", "matplotlib", "networkx", "numpy", "pybind11",
+            "setuptools>=77.0.3", "sympy", "tqdm", "typing_extensions")  # fmt: skip
 TESTS = ("pytest", "pytest-xdist", "hypothesis", "scipy")
 
 

@@ -1,9 +1,9 @@
 """Control of the fake card, inside its environment: what was launched, errors to order, the host's time.
 
-    >>> from tools.fakecard import control                        # doctest: +SKIP
-    >>> with control.launches() as found:                         # doctest: +SKIP
-    ...     fastvae.elbo(x, q, decoder).backward()
-    >>> [launch.name for launch in found]                         # doctest: +SKIP
+>>> from tools.fakecard import control                        # doctest: +SKIP
+>>> with control.launches() as found:                         # doctest: +SKIP
+...     fastvae.elbo(x, q, decoder).backward()
+>>> [launch.name for launch in found]                         # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def library() -> ctypes.CDLL:
         ("record", None, c_int),
         ("recorded", c_long),
         ("get", None, c_long, ctypes.POINTER(_Record)),
-        ("fail", None, c_int, c_int, c_long),
+        ("fail", None, c_int, c_int, c_long, c_long),
         ("device", None, _DEVICE),
         ("submit", c_int, pointer, _WORK, c_long),
         ("capturing", c_int, pointer),
@@ -168,7 +168,9 @@ def launches() -> Iterator[list[Launch]]:
     """Record the launches within the block, of all threads; the list is filled at its end."""
     global _recording
     if _recording:
-        raise RuntimeError("launches() within launches(): one block records at a time; leave the outer one first")
+        raise RuntimeError(
+            "launches() within launches(): one block records at a time; leave the outer one first"
+        )
     found: list[Launch] = []
     _recording = True
     library().fakecard_record(1)
@@ -188,21 +190,23 @@ def launches() -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
-def failing(kind: str, code: int, skipped: int = 0) -> Iterator[None]:
-    """Make one call within the block fail.
+def failing(kind: str, code: int, skipped: int = 0, times: int = 1) -> Iterator[None]:
+    """Make calls within the block fail.
 
     Args:
         kind: kind of the call, one of ``KINDS``.
-        code: CUDA's number of the error, such as 2 (out of memory), 700 (illegal address), 719 (launch failed).
+        code: CUDA's number of the error, such as 2 (out of memory), 700 (illegal address) or 719 (launch
+            failed).
         skipped: number of calls of this kind that succeed before. Default: 0.
+        times: number of calls that fail. Default: 1.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, KINDS))}")
-    library().fakecard_fail(KINDS.index(kind), code, skipped)
+    library().fakecard_fail(KINDS.index(kind), code, skipped, times)
     try:
         yield
     finally:
-        library().fakecard_fail(KINDS.index(kind), 0, 0)
+        library().fakecard_fail(KINDS.index(kind), 0, 0, 0)
 
 
 # What runs

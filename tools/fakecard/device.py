@@ -1,9 +1,10 @@
 """The fake card computes: Triton's kernels by an emulator of PTX, torch's own ops on the CPU.
 
-Device memory is the host's, so both work on the very addresses that were launched with. A launch of Triton's is
-run by ``tests/ptx.py``, one program after another, from the PTX that was compiled for it: small shapes take
-milliseconds. Torch's kernels exist as machine code only, so every op that torch registers for CUDA is given a
-kernel that calls the CPU's on the same memory. Random numbers of torch's ops are those of the CPU's generator.
+Device memory is the host's, so both work on the very addresses that were launched with. A launch of Triton's
+is run by ``tests/ptx.py``, one program after another, from the PTX compiled for it: small shapes take
+milliseconds. Torch's kernels exist as machine code only, so every op that torch registers for CUDA gets a
+kernel that calls the CPU's on the same memory. Random numbers of torch's ops are those of the CPU's
+generators.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Memory(ptx.Memory):
     def _region(self, address: np.ndarray, size: int) -> tuple[int, np.ndarray]:
         found = control.block(int(address.min()))
         if found is None or address.max() + size > sum(found):
-            raise AssertionError(f"addresses {address.min():#x} to {address.max():#x} are in no allocated block")
+            raise AssertionError(
+                f"addresses {address.min():#x} to {address.max():#x} are in no allocated block"
+            )
         first, count = found
         return first, np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(first))
 
@@ -149,45 +152,45 @@ def _on_the_cpu(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 
     args = tuple(map(moved, args))
     kwargs = {name: moved(value) for name, value in kwargs.items()}
+    arguments = op._schema.arguments
+    # Numbers may stand for tensors here; the overload that takes them is another.
+    numbers = (isinstance(a, (int, float)) and isinstance(s.type, torch.TensorType)
+               for a, s in zip(args, arguments, strict=False))  # fmt: skip
+    compute = functools.partial(op.overloadpacket if any(numbers) else op, *args, **kwargs)
     device = next((t.device for t, _ in given), torch.device("cuda", torch.cuda.current_device()))
     stream = torch.cuda.current_stream(device).cuda_stream
-    captured = control.is_capturing(stream)
-    if captured and op._schema.is_mutable:
-        control.submit(lambda: op(*args, **kwargs), stream)
-        shown = [a for a, r in zip((*args, *kwargs.values()), op._schema.arguments, strict=False)
-                 if r.alias_info is not None and r.alias_info.is_write]  # fmt: skip
-        results = kwargs.get("out", shown[0] if len(op._schema.returns) == 1 else tuple(shown))
-        return _shown(results if op._schema.returns else None, given, device, [])
-    results = op(*args, **kwargs)
-    for t, same in given:  # an `out` of another shape
-        if t.shape != same.shape:
-            t.resize_(same.shape)
-            _same_memory(t).copy_(same)
-    fresh: list[tuple[Tensor, Tensor]] = []
-    shown = _shown(results, given, device, fresh)
-    if captured:
+    if not control.is_capturing(stream):
+        return _shown(compute(), given, device)
+    if op._schema.is_mutable:
+        control.submit(compute, stream)
+        named = dict(zip((s.name for s in arguments), args, strict=False)) | kwargs
+        written = [named[s.name] for s in arguments if s.alias_info is not None and s.alias_info.is_write]
+        count = len(op._schema.returns)
+        return _shown(written[0] if count == 1 else tuple(written[:count]) or None, given, device)
+    # Computed now for the results' shapes, from whatever lies there, and again at each replay.
+    shown = _shown(compute(), given, device)
+    places = [_same_memory(t) for t in _tensors_in(shown)]
 
-        def again() -> None:
-            values: list[tuple[Tensor, Tensor]] = []
-            _each(op(*args, **kwargs), lambda r: values.append((r, r)))
-            for (_, value), (_, place) in zip(values, fresh, strict=True):
-                place.copy_(value)
+    def again() -> None:
+        for place, value in zip(places, _tensors_in(compute()), strict=True):
+            place.copy_(value)
 
-        control.submit(again, stream)
+    control.submit(again, stream)
     return shown
 
 
-def _shown(results: Any, given: list[tuple[Tensor, Tensor]], device: torch.device, fresh: list) -> Any:
-    """Return results on the card: the arguments that they are, or new tensors, which are added to ``fresh``."""
+def _shown(results: Any, given: list[tuple[Tensor, Tensor]], device: torch.device) -> Any:
+    """Return results on the card: the arguments that they are, or else new tensors."""
 
     def of_card(result: Tensor) -> Tensor:
         for t, same in given:
             if result is same:
+                if t.shape != same.shape:  # an `out` of another shape
+                    t.resize_(same.shape)
+                    _same_memory(t).copy_(same)
                 return t
         new = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=device)
-        same = _same_memory(new)
-        same.copy_(result)
-        fresh.append((new, same))
+        _same_memory(new).copy_(result)
         return new
 
     return _each(results, of_card)
@@ -201,6 +204,12 @@ def _each(results: Any, function: Callable[[Tensor], Any]) -> Any:
     return results
 
 
+def _tensors_in(results: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _each(results, found.append)
+    return found
+
+
 def _same_memory(t: Tensor) -> Tensor:
     """Return a tensor of the CPU with the memory of one of the card."""
     storage = t.untyped_storage()
@@ -208,7 +217,9 @@ def _same_memory(t: Tensor) -> Tensor:
     bytes_ = torch.empty(0, dtype=torch.uint8)
     if size:
         bytes_ = torch.frombuffer((ctypes.c_uint8 * size).from_address(storage.data_ptr()), dtype=torch.uint8)
-    return torch.empty(0, dtype=t.dtype).set_(bytes_.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+    return torch.empty(0, dtype=t.dtype).set_(
+        bytes_.untyped_storage(), t.storage_offset(), t.shape, t.stride()
+    )
 
 
 _generators: dict[int, tuple[torch.Generator, torch.Generator]] = {}

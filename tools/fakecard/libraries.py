@@ -69,7 +69,9 @@ def _build_runtime(library: str, symbols: Iterable[tuple[str, str]], include: Pa
     """Compile the runtime, with the driver in it, and an empty driver that links to it."""
     compiled = out / "runtime.o"
     _run("g++", "-std=c++17", "-O2", "-fPIC", "-c", f"-I{include}", SOURCE, "-o", compiled)
-    defined = {line.split()[-1] for line in _run("nm", "--defined-only", "--extern-only", compiled).splitlines()}
+    defined = {
+        line.split()[-1] for line in _run("nm", "--defined-only", "--extern-only", compiled).splitlines()
+    }
     other = re.compile("|".join(f"cu{s[2:]}" for s in STUBBED if s.startswith("cu")) + "|cuFile")
     missing = {
         name
@@ -80,12 +82,12 @@ def _build_runtime(library: str, symbols: Iterable[tuple[str, str]], include: Pa
     # Loud instead of silent: whoever meets one adds it to runtime.cpp.
     body = ["#include <stdio.h>"]
     for name in sorted(missing - defined):
-        text = f'fputs("fake card: {name} is not implemented; add it to tools/fakecard/runtime.cpp\\n", stderr)'
+        text = (
+            f'fputs("fake card: {name} is not implemented; add it to tools/fakecard/runtime.cpp\\n", stderr)'
+        )
         body.append(f"int {name}(void) {{ {text}; return 801; }}")
     (out / "missing.c").write_text("\n".join(body) + "\n")
-    (out / "runtime.map").write_text(
-        f"{library} {{ global: cuda*; __cuda*; cu*; fakecard_*; local: *; }};\n"
-    )
+    (out / "runtime.map").write_text(f"{library} {{ global: cuda*; __cuda*; cu*; fakecard_*; local: *; }};\n")
     _run("gcc", "-O1", "-fPIC", "-c", "-w", out / "missing.c", "-o", out / "missing.o")
     _run(
         "g++", "-shared", compiled, out / "missing.o", "-o", out / library, f"-Wl,-soname,{library}",
@@ -117,7 +119,9 @@ def _stub(name: str) -> str:
     """Return the C of one function."""
     if name == "cublasLtMatmulAlgoGetHeuristic":
         # One algorithm is found, which needs no workspace.
-        given = "void* a, void* b, void* c, void* d, void* e, void* f, void* g, int asked, char* found, int* n"
+        given = (
+            "void* a, void* b, void* c, void* d, void* e, void* f, void* g, int asked, char* found, int* n"
+        )
         return f"int {name}({given}) {{ memset(found, 0, 64); *n = 1; return 0; }}"
     if re.search(r"Create(_v2)?$", name):
         return f"int {name}(void** handle) {{ if (handle) *handle = (void*)64; return 0; }}"

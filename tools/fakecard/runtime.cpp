@@ -1,8 +1,8 @@
 // Stand-in for CUDA's runtime and driver on a machine without a card.
 //
-// Device memory is the host's. Whatever is asked of a stream happens at once, in the calling thread, unless the
-// stream is being captured: then it becomes a node of the graph and happens at each replay. Copies and sets are
-// real. Kernels are counted, and do nothing unless a callback stands in for the device.
+// Device memory is the host's. Whatever is asked of a stream happens at once, in the calling thread, unless
+// the stream is being captured: then it becomes a node of the graph and happens at each replay. Copies and
+// sets are real. Kernels are counted, and do nothing unless a callback stands in for the device.
 //
 // What a caller may get wrong on a card fails here too: a launch without a context, a function or a stream of
 // another device, waiting for a stream under capture, memory that was never allocated.
@@ -106,8 +106,9 @@ Context contexts[MOST_DEVICES];
 Stream default_streams[MOST_DEVICES];
 std::array<size_t, MOST_DEVICES> used;
 std::atomic<long> counts[KINDS];
-std::atomic<long> before_failure[KINDS];  // calls until one fails, counted down to 1; 0: none fails
+// Errors that were ordered: the code, the calls that succeed before, the calls that fail.
 int failure[KINDS];
+std::atomic<long> succeeding[KINDS], failing[KINDS];
 std::atomic<bool> recording;
 std::atomic<unsigned long long> captures;
 // Returns 0, or the error that the launch or the replay returns.
@@ -144,8 +145,9 @@ cudaError_t error(cudaError_t code) {
 
 // Returns the error that was ordered for this call, else 0.
 int ordered(Kind kind) {
-  if (before_failure[kind].load(std::memory_order_relaxed) == 0) return 0;
-  return before_failure[kind].fetch_sub(1) == 1 ? failure[kind] : 0;
+  if (failing[kind].load(std::memory_order_relaxed) <= 0) return 0;
+  if (succeeding[kind].fetch_sub(1) > 0) return 0;
+  return failing[kind].fetch_sub(1) > 0 ? failure[kind] : 0;
 }
 
 Stream* stream_of(const void* handle) {
@@ -392,10 +394,11 @@ void fakecard_get(long i, Record* out) {
   *out = records()[size_t(i)];
 }
 
-// The call of this kind after ``skipped`` others returns ``code``.
-void fakecard_fail(int kind, int code, long skipped) {
+// Of the calls of this kind, ``times`` return ``code``, after ``skipped`` that succeed.
+void fakecard_fail(int kind, int code, long skipped, long times) {
   failure[kind] = code;
-  before_failure[kind] = code ? skipped + 1 : 0;
+  succeeding[kind] = skipped;
+  failing[kind] = times;
 }
 
 void fakecard_device(Device f) { device = f; }
@@ -631,7 +634,9 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 }
 
 // Constants of torch's kernels, which do nothing here.
-cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) { return cudaSuccess; }
+cudaError_t cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind) {
+  return cudaSuccess;
+}
 
 cudaError_t cudaMemset(void* to, int value, size_t n) {
   if (capturing != nullptr) return wait_for(capturing);
@@ -752,8 +757,9 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus* statu
 }
 
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status,
-                                     unsigned long long* id, cudaGraph_t* graph, const cudaGraphNode_t** nodes,
-                                     const cudaGraphEdgeData** edges, size_t* n) {
+                                     unsigned long long* id, cudaGraph_t* graph,
+                                     const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
+                                     size_t* n) {
   const Stream* s = stream_of(handle);
   *status = status_of(s);
   if (id) *id = s->graph ? s->graph->id : 0;
@@ -765,8 +771,9 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatu
 }
 
 // The same before CUDA 13.
-cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t s, cudaStreamCaptureStatus* status, unsigned long long* id,
-                                        cudaGraph_t* graph, const cudaGraphNode_t** nodes, size_t* n) {
+cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t s, cudaStreamCaptureStatus* status,
+                                        unsigned long long* id, cudaGraph_t* graph,
+                                        const cudaGraphNode_t** nodes, size_t* n) {
   return cudaStreamGetCaptureInfo(s, status, id, graph, nodes, nullptr, n);
 }
 
@@ -829,7 +836,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const void*, int, size_t, unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const void*, int, size_t,
+                                                                   unsigned) {
   *n = 8;
   return cudaSuccess;
 }
@@ -888,8 +896,8 @@ void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 char __cudaInitModule(void**) { return 0; }
 
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*,
-                            int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*,
+                            void*, int*) {
   std::lock_guard<std::mutex> guard(lock());
   kernels()[host] = name;
 }

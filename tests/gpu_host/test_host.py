@@ -1,0 +1,309 @@
+"""What the host does: launches, streams, threads, devices, graphs, errors. The card's kernels do nothing."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fastvae
+from benchmarks import frontend
+from tools.fakecard import control
+
+# Kernels launched by forward and backward of the benchmark's cases; each a bound from above.
+LAUNCHES = {"elbo": (frontend.CASES[0], 9), "iwae": (frontend.CASES[3], 9)}
+B, D, X, K = 5, 7, 11, 3
+
+
+@pytest.fixture(autouse=True)
+def card():
+    """Let kernels do nothing."""
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Let memory be, as filling it is a launch too."""
+
+
+def _inputs(device="cuda"):
+    mu, logvar = (torch.zeros(B, D, device=device, requires_grad=True) for _ in range(2))
+    return torch.zeros(B, X, device=device), mu, logvar, torch.zeros(X, D, device=device)
+
+
+def _step(x, mu, logvar, weight):
+    bound = fastvae.iwae(x, (mu, logvar), lambda z: z @ weight.T, k=K, likelihood="bernoulli")
+    return torch.autograd.grad(bound, (mu, logvar))
+
+
+def _kernels(found):
+    """Return the names of Triton's kernels."""
+    return [launch.name for launch in found if launch.kind == "driver"]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Names of a step's kernels, which are compiled then."""
+    _step(*_inputs())
+    with control.launches() as found:
+        _step(*_inputs())
+    names = _kernels(found)
+    assert len(names) == 6 and all(name.endswith("_kernel") for name in names)
+    return names
+
+
+# Launches
+
+
+@pytest.mark.parametrize("case, most", LAUNCHES.values(), ids=LAUNCHES)
+@pytest.mark.parametrize("likelihood", frontend.LIKELIHOODS)
+def test_launches_of_an_objective(case, most, likelihood):
+    """Forward and backward launch no more than this many; whoever needs fewer lowers the number."""
+    inputs = frontend.make(case, likelihood, "cuda")
+    run = frontend.implementations(case, likelihood, inputs, False)["fastvae"]
+    for _ in range(2):
+        run()
+    with control.launches() as found:
+        run()
+    names = [launch.name for launch in found]
+    assert len(names) <= most, names
+
+
+def test_a_repeated_call_allocates_no_memory_and_copies_nothing(kernels):
+    inputs = _inputs()
+    for _ in range(2):
+        _step(*inputs)
+    before = control.counts()
+    _step(*inputs)
+    since = control.counts().since(before)
+    assert since.malloc == since.copy == since.set == 0 and since.driver == len(kernels)
+
+
+def test_compiled_calls_launch_the_same_kernels(kernels):
+    torch._dynamo.reset()
+    inputs = _inputs()
+    compiled = torch.compile(
+        lambda x, mu, logvar, weight: fastvae.iwae(
+            x, (mu, logvar), lambda z: z @ weight.T, k=K, likelihood="bernoulli"
+        )
+    )
+
+    def run():
+        return torch.autograd.grad(compiled(*inputs), inputs[1:3])
+
+    for _ in range(2):
+        run()
+    with control.launches() as found:
+        run()
+    assert [n for n in _kernels(found) if not n.startswith("triton_")] == kernels
+
+
+# Streams, threads and devices
+
+
+def test_launches_go_to_the_current_stream(kernels):
+    inputs = _inputs()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for stream in streams:
+        with torch.cuda.stream(stream), control.launches() as found:
+            _step(*inputs)
+        assert _kernels(found) == kernels
+        assert {launch.stream for launch in found if launch.kind == "driver"} == {stream.cuda_stream}
+
+
+def test_threads(kernels):
+    """Threads launch at the same time, also as the first thing that they ask of CUDA."""
+    errors, barrier = [], threading.Barrier(4)
+    inputs = [_inputs() for _ in range(4)]
+
+    def work(own):
+        try:
+            barrier.wait()
+            for _ in range(10):
+                _step(*own)
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in inputs]
+    with control.launches() as found:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    assert sorted(_kernels(found)) == sorted(40 * kernels)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs --devices 2, the default")
+def test_two_devices(kernels):
+    """Tensors are computed on their own device, whichever is current, in turns and in threads."""
+    first, second = _inputs("cuda:0"), _inputs("cuda:1")
+    for current in (0, 1):
+        with torch.cuda.device(current), control.launches() as found:
+            for inputs in (first, second, first):
+                assert all(g.device == inputs[0].device for g in _step(*inputs))
+        devices = [launch.device for launch in found if launch.kind == "driver"]
+        assert devices == [0] * 6 + [1] * 6 + [0] * 6
+        assert _kernels(found) == 3 * kernels
+    assert torch.cuda.current_device() == 0
+
+
+def test_shapes_and_layouts_in_turns():
+    """Every shape, layout and alignment has a launch of its own, also when they alternate."""
+    wide = torch.zeros(2 * B, 2 * D, device="cuda")
+    grids = []
+    for _ in range(2):
+        for mu, logvar in (
+            (wide[:B, :D], wide[:B, D:]),
+            (wide[B:, 1 : D + 1], wide[B:, :D]),
+            (wide[:, :D], wide[:, D:]),
+            (wide[:B, :D].contiguous(), wide[:B, :D].contiguous()),
+        ):
+            with control.launches() as found:
+                fastvae.ops.rsample_kl(
+                    mu, logvar, k=K, seed=torch.zeros((), dtype=torch.int64, device="cuda")
+                )
+            (launch,) = (launch for launch in found if launch.kind == "driver")
+            grids.append((launch.function, launch.grid))
+    assert grids[:4] == grids[4:]
+
+
+# Graphs
+
+
+def _training():
+    model = nn.ModuleDict({"encoder": nn.Linear(X, 2 * D), "decoder": nn.Linear(D, X)}).to("cuda")
+    optimizer = torch.optim.Adam(model.parameters(), capturable=True)
+
+    def step(x):
+        optimizer.zero_grad()
+        loss = -fastvae.iwae(x, model["encoder"](x), model["decoder"], k=K, likelihood="bernoulli")
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def test_a_graph_is_one_launch(kernels):
+    x = torch.zeros(B, X, device="cuda")
+    graphed = fastvae.graphed(_training(), warmup=3)
+    for _ in range(3):
+        with control.launches() as found:
+            graphed(x)
+        assert _kernels(found) == kernels and not any(launch.captured for launch in found)
+    with control.launches() as found:  # captured, and replayed once
+        graphed(x)
+    captured = [launch for launch in found if launch.captured]
+    assert _kernels(captured) == kernels == _kernels(found)
+    for shape in (B, B + 1, B):
+        x = torch.zeros(shape, X, device="cuda")
+        with control.launches() as found:
+            graphed(x)
+        kinds = [launch.kind for launch in found if launch.kind in ("driver", "graph")]
+        assert kinds == (["graph"] if shape == B else ["driver"] * 6)
+
+
+def test_a_step_that_reads_from_the_card_is_not_captured():
+    step = _training()
+    graphed = fastvae.graphed(lambda x: step(x) * step(x).item(), warmup=1)
+    x = torch.zeros(B, X, device="cuda")
+    graphed(x)
+    with pytest.raises(RuntimeError, match=r"(?s)could not be captured.*\.item\(\)"):
+        graphed(x)
+
+
+# Errors
+
+
+def test_a_failed_launch_raises_and_the_next_call_works(kernels):
+    inputs = _inputs()
+    for skipped in range(len(kernels)):
+        with control.failing("driver", 719, skipped), pytest.raises(RuntimeError, match="LaunchFailure"):
+            _step(*inputs)
+        with control.launches() as found:
+            _step(*inputs)
+        assert _kernels(found) == kernels
+
+
+def test_memory_that_is_not_there():
+    mu = torch.zeros(B, D, device="cuda")
+    # The caching allocator tries again after it has freed what it can.
+    with control.failing("malloc", 2, times=9), pytest.raises(torch.OutOfMemoryError):
+        fastvae.random.normal(torch.zeros((), dtype=torch.int64, device="cuda"), 1, 4096, 4096)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(1 << 40, device="cuda")
+    assert fastvae.ops.rsample_kl(mu, mu)[0].shape == mu.shape
+
+
+# The fake card itself
+
+
+def test_counts_and_records():
+    x = torch.zeros(B, X, device="cuda")
+    before = control.counts()
+    with control.launches() as found:
+        x + x
+        torch.zeros(3, 4).to("cuda")
+        x @ x.T
+    since = control.counts().since(before)
+    assert (since.runtime, since.library, since.copy, since.driver) == (1, 1, 1, 0)
+    assert since.launches == len(found) == 2
+    assert "elementwise" in found[0].name and found[1].kind == "library"
+    assert found[0].grid[0] >= 1 and found[0].threads > 0 and not found[0].captured
+
+
+def test_what_is_wrong_on_a_card_fails(kernels):
+    """A function of another device, a thread without a context, addresses of no block."""
+    with control.launches() as found:
+        _step(*_inputs())
+    function = next(launch.function for launch in found if launch.kind == "driver")
+    launch = control.library().cuLaunchKernel
+    parameters = (control.ctypes.c_void_p * 64)()
+    one = [1] * 6
+
+    def code():
+        return launch(control.ctypes.c_void_p(function), *one, 0, None, parameters, None)
+
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(code()))
+    thread.start()
+    thread.join()
+    assert codes == [201]  # CUDA_ERROR_INVALID_CONTEXT
+    with torch.cuda.device(1):
+        torch.zeros(1, device="cuda")
+        assert code() == 400  # CUDA_ERROR_INVALID_HANDLE
+    assert control.block(control.ctypes.addressof(parameters)) is None
+
+
+def test_mistakes_are_named():
+    with (
+        pytest.raises(ValueError, match="kind is 'kernel'; expected one of 'runtime', 'driver'"),
+        control.failing("kernel", 1),
+    ):
+        pass
+    with (
+        control.launches(),
+        pytest.raises(RuntimeError, match="one block records at a time"),
+        control.launches(),
+    ):
+        pass
+
+
+def test_an_error_of_the_device_is_raised_by_the_block(kernels):
+    def run(launch, parameters):
+        assert len(parameters) == len(control.parameter_sizes(launch.function)) > 2
+        raise KeyError(launch.name)
+
+    with pytest.raises(KeyError, match=re.escape(kernels[0])), control.device(run):
+        _step(*_inputs())
+
+
+def test_microseconds_are_of_the_processor():
+    """A call that waits takes none, and a longer one takes more."""
+    done = threading.Event()
+    waits = control.cpu_microseconds(lambda: done.wait(0.02), calls=1, blocks=3, warmup=0)
+    works = control.cpu_microseconds(lambda: sum(range(10**6)), calls=1, blocks=3, warmup=0)
+    assert 0 <= waits < works
