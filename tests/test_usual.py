@@ -154,7 +154,7 @@ def test_only_the_standard_prior_is_usual(prior, monkeypatch):
 
 def test_a_number_of_inference_mode_can_be_trained_with(monkeypatch):
     """The tensor of a fixed scale, shared by later calls, may first be needed in inference mode."""
-    usual._number.cache_clear()
+    usual._shared_number.cache_clear()
     x, layer = _data("gaussian"), nn.Linear(D, X)
     likelihood = likelihoods.Gaussian(scale=0.123)
     with torch.inference_mode():

@@ -126,6 +126,11 @@ def on_gpu(device: torch.device) -> str:
     return _native_on_gpu(device.index) if name == "native" else name
 
 
+def is_native_on_gpu(device: torch.device) -> bool:
+    """Return True if the native backend is in force, and is Triton on this GPU."""
+    return (_choice.get() or _default()) == "native" and _native_on_gpu(device.index) == "triton"
+
+
 def on_device(device: torch.device, function: Callable[..., _T], args: tuple[Any, ...]) -> _T:
     """Call with this GPU as the current device, where Triton launches regardless of the tensors' device."""
     if device.index == torch.cuda.current_device():

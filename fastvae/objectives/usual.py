@@ -94,20 +94,12 @@ def _is_native(x: Any) -> bool:
         return False
     if x.is_cpu:
         return _backend.on_cpu() == "native"
-    return x.is_cuda and _backend.chosen() == "native" and _on_gpu(x.device) and not checks_data()
-
-
-def _on_gpu(device: torch.device) -> bool:
-    return _backend.on_gpu(device) == "triton"
-
-
-def _gpu_of(x: Tensor) -> torch.device | None:
-    return None if x.is_cpu else x.device
+    return x.is_cuda and _backend.is_native_on_gpu(x.device) and not checks_data()
 
 
 def _pair(x: Any, q: Any) -> tuple[Tensor, Tensor] | None:
     """Return mu and logvar, [B, D] each, if they and x [B, *event] are usual and x is not empty."""
-    gpu = _gpu_of(x)
+    gpu = None if x.is_cpu else x.device
     if not is_usual(x, gpu) or x.dim() < 2 or not x.numel():
         return None
     if type(q) is Tensor:
@@ -134,7 +126,7 @@ def _parameters(known: Declared, x: Tensor, k: int, output: Any) -> tuple[Tensor
     if len(returned) + len(given) != len(known.outputs) or not in_eager_mode():
         return None
     shape = (k * x.shape[0], *x.shape[1:])
-    gpu = _gpu_of(x)
+    gpu = None if x.is_cpu else x.device
     if not all([is_usual(p, gpu) and p.shape == shape for p in returned]):
         return None
     if not given:

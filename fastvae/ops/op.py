@@ -117,10 +117,10 @@ class Op:
         self._ways: dict[tuple[int, str], tuple[Callable, type[Any], bool]] = {
             (ON_CPU, "triton"): on_cpu,
             (ON_GPU, "triton"): on_gpu,
-            (ON_GPU, "native"): on_gpu,
+            (ON_GPU, "native"): (self._gpu, self._native_node(self._gpu, ON_GPU), False),
         }
         if not _backend.LEFT_OUT:
-            self._ways[ON_CPU, "native"] = (self.native, self._native_node(), True)
+            self._ways[ON_CPU, "native"] = (self.native, self._native_node(self.native, ON_CPU), True)
 
     def __call__(self, *args: Any) -> Any:
         tensors = args[: self._tensors]
@@ -292,18 +292,21 @@ class Op:
 
         return self._node_of(forward, backward)
 
-    def _native_node(self) -> type:
-        """Return the autograd node of the C++ op, without the dispatcher in either pass."""
-        run = self.gradient.native if self.gradient else None
+    def _native_node(self, function: Callable, place: int) -> type:
+        """Return the autograd node of the native backend, without the dispatcher in either pass."""
+        gradient = self.gradient
+        run = gradient and (gradient.native if place == ON_CPU else gradient._gpu)
 
         def backward(ctx, *grads):
-            # Backend, grad mode or tensors may have changed since the forward pass.
-            if run is None or torch.is_grad_enabled() or plain(grads) != ON_CPU:
+            # Grad mode or tensors may have changed since the forward pass; and Triton runs on a GPU only while
+            # the backend is in force.
+            changed = place == ON_GPU and _backend.chosen() != "native"
+            if run is None or changed or torch.is_grad_enabled() or plain(grads) != place:
                 ctx.backend = "native"
                 return self._differentiate(ctx, *grads)
             return self.backward(run, ctx, *grads)
 
-        return self._node_of(functools.partial(self.forward, self.native), backward)
+        return self._node_of(functools.partial(self.forward, function), backward)
 
     def _node_of(self, forward: Callable, backward: Callable) -> type[Any]:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

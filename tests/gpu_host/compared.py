@@ -24,6 +24,8 @@ def assert_same(
 ) -> None:
     """Assert that results and gradients on the card are those of the C++ on the CPU.
 
+    The first call on the card plans the launches, the second one replays them.
+
     Args:
         what: name for messages.
         function: function of the tensors, on any device; returns a tensor or several. Its random numbers are
@@ -32,15 +34,18 @@ def assert_same(
         magnified: factor by which the function magnifies roundings: importance weights have a relative error
             as large as the absolute one of their logarithms. Default: 1.
     """
-    expected, actual = (_run(function, tensors, device) for device in ("cpu", "cuda"))
-    assert len(expected) == len(actual), what
-    for i, (e, a) in enumerate(zip(expected, actual, strict=True)):
-        assert a.dtype == e.dtype and a.shape == e.shape, f"{what}, result {i}: {a.dtype} {tuple(a.shape)}"
-        if not e.is_floating_point():
-            assert torch.equal(a, e), f"{what}, result {i}"
-            continue
-        scale = magnified * (1 + float(e.double().abs().max()) if e.numel() else 1.0)
-        assert_near(a, e.double(), e.dtype, scale, f"{what}, result {i}")
+    expected = _run(function, tensors, "cpu")
+    for call in ("planned", "replayed"):
+        actual = _run(function, tensors, "cuda")
+        assert len(expected) == len(actual), what
+        for i, (e, a) in enumerate(zip(expected, actual, strict=True)):
+            which = f"{what}, {call}, result {i}"
+            assert a.dtype == e.dtype and a.shape == e.shape, f"{which}: {a.dtype} {tuple(a.shape)}"
+            if not e.is_floating_point():
+                assert torch.equal(a, e), which
+                continue
+            scale = magnified * (1 + float(e.double().abs().max()) if e.numel() else 1.0)
+            assert_near(a, e.double(), e.dtype, scale, which)
 
 
 def _run(function: Callable[..., object], tensors: Sequence[Tensor | None], device: str) -> list[Tensor]:
