@@ -172,7 +172,7 @@ class ReplayKey {
     while (known < kDtypes && torch.dtypes[known] != type) ++known;
     if (known == kDtypes) return false;
     i64 last = offset, count = 1;
-    note(type | (axes << 16));
+    note(type | (axes << 16) | (i64{index} << 32));
     for (i64 i = 0; i < axes; ++i) {
       note(sizes[i]);
       note(strides[i]);
@@ -363,7 +363,11 @@ inline Plan plan_from(const pybind11::object& description) {
   if (description.is_none() || !driver().complete) return plan;
   const py::tuple parts = description;
   plan.device = parts[0].cast<std::int32_t>();
-  if (driver().context(&plan.context) != 0 || plan.context == nullptr) return plan;
+  Handle guard = nullptr;
+  succeed(driver().guard(plan.device, &guard));
+  driver().context(&plan.context);
+  driver().delete_guard(guard);
+  if (plan.context == nullptr) return plan;
   for (const py::handle item : py::list(parts[1])) {
     const py::tuple its(py::reinterpret_borrow<py::object>(item));
     Creation creation{its[0].cast<int>(), its[1], its[2], {}, {}, 0};

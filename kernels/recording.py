@@ -25,9 +25,13 @@ _FORMATS = {
 }  # fmt: skip
 _aten = torch.ops.aten
 _CREATE = {_aten.new_empty.default, _aten.empty_like.default, _aten.empty.memory_format}
-# Change no element: a result in the caller's shape.
-_RESHAPE = {_aten.view.default, _aten._unsafe_view.default, _aten.resize_.default, _aten.detach.default,
-            _aten.alias.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.expand.default}  # fmt: skip
+# Change no element if the address stays, as of a result in the caller's shape.
+_RESHAPE = {
+    _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.resize_.default,
+    _aten.flatten.using_ints, _aten.unflatten.int, _aten.unsqueeze.default, _aten.squeeze.dim,
+    _aten.expand.default, _aten.sum_to_size.default, _aten.contiguous.default, _aten.to.dtype,
+    _aten.detach.default, _aten.alias.default,
+}  # fmt: skip
 
 
 class _NotRecordable(Exception):
@@ -47,7 +51,7 @@ class Recording(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func in _CREATE:
             self.created.append(out)
-        elif func not in _RESHAPE or out.data_ptr() != args[0].data_ptr():
+        elif func not in _RESHAPE or not args[0].data_ptr() == out.data_ptr() != 0:
             self.obstacle = str(func)
         return out
 
