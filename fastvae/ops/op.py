@@ -331,7 +331,7 @@ _LETTERS = {
 }  # fmt: skip
 # The same in a schema, and the arguments that vary from call to call.
 _IN_SCHEMA = {"Tensor?": "T", "ScalarType": "d"} | _LETTERS
-_VARY = {"sample_offset": "n", "row_offset": "n", "coefficient": "v"}
+_VARY = {("SymInt", "sample_offset"): "n", ("SymInt", "row_offset"): "n", ("float", "coefficient"): "v"}
 
 
 def _types(registered: Any) -> list[str]:
@@ -347,7 +347,7 @@ def _letters(schema: str) -> str | None:
         kind = "List[bool]" if kind.startswith("bool[") else kind
         if kind not in _IN_SCHEMA:
             return None
-        letters.append(_VARY.get(name.partition("=")[0], _IN_SCHEMA[kind]))
+        letters.append(_VARY.get((kind, name), _IN_SCHEMA[kind]))
     return "".join(letters)
 
 
