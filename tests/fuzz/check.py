@@ -367,9 +367,9 @@ def expected(
 def _with_rounded_weights(d: Any, r: Arithmetic) -> Any:
     """Return d, with a rounding of its log weights and of their gradient if it is a mixture.
 
-    The gradient of the logits is sum_n g_n (r_nc - pi_c), for responsibilities r and weights pi. It is computed
-    as G_c - pi_c sum_c G_c from that of the log weights, G_c = sum_n g_n r_nc, which is stored: its rounding is
-    relative to G, and the difference may be far smaller.
+    The gradient of the logits is sum_n g_n (r_nc - pi_c), for responsibilities r and weights pi. It is
+    computed as G_c - pi_c sum_c G_c from that of the log weights, G_c = sum_n g_n r_nc, which is stored: its
+    rounding is relative to G, and the difference may be far smaller.
     """
     if isinstance(d, (families.MixtureOf, families.NormalMixture)):
         d.logits = r(d.logits)
