@@ -25,9 +25,9 @@ class Multinomial(Likelihood):
     .. math:: \log p(x|z_k) = \log n! - \sum_i \log x_i! + \sum_i x_i \log \mathrm{softmax}(l_k)_i,
               \quad n = \sum_i x_i
 
-    Counts may be of any dtype, or a sparse matrix [B, X], COO or CSR, which is not made dense. The encoder of
-    a :class:`fastvae.VAE` gets that matrix as it is: torch's Linear takes one as its input, and a function
-    that needs a dense batch calls ``x.to_dense()``. The op is
+    Counts may be of any dtype, or a sparse matrix [B, X], COO or CSR, which is never converted to a dense
+    tensor. The encoder of a :class:`fastvae.VAE` gets that matrix as it is: torch's Linear takes one as its
+    input, and a function that needs a dense batch calls ``x.to_dense()``. The op is
     ``fastvae.ops.multinomial_log_prob(x, logits)``.
 
     Args:
