@@ -156,7 +156,8 @@ class VAE(nn.Module):
         self._checks_latent_dim = given
 
     def extra_repr(self) -> str:
-        known = [] if self.latent_dim is None else [f"latent_dim={self.latent_dim}"]
+        # What was given, not what a batch showed: the repr is a part of a checkpoint's digest.
+        known = [f"latent_dim={self.latent_dim}"] if self._checks_latent_dim else []
         return ", ".join([*known, *["fuse=False"] * (not self.fuse)])
 
     def forward(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastvae import VAE
 from fastvae.distributions import DiagonalNormal
 from fastvae.likelihoods import Gaussian
 
@@ -176,6 +177,16 @@ def test_a_run_with_nan_can_be_resumed(tmp_path):
         first, again = (_run(file, encoder, decoder, x) for _ in range(2))
     assert first.log_px.isnan().tolist() == [n == 3 for n in range(N)]
     torch.testing.assert_close(again.log_px, first.log_px, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_checkpoint_does_not_depend_on_what_the_model_has_seen(tmp_path):
+    """A VAE learns the number of its latents from its first batch, which changes no parameter."""
+    torch.manual_seed(0)
+    vae = VAE(nn.Linear(5, 4), nn.Linear(2, 5), likelihood="bernoulli").to(DEVICE)
+    options = {"k": 5, "progress": False, "checkpoint": tmp_path / "run.npz"}
+    x = torch.ones(6, 5, device=DEVICE)
+    assert torch.equal(vae.evaluate(x, **options).log_px, vae.evaluate(x, **options).log_px)
+    assert vae.latent_dim == 2
 
 
 def test_a_resumed_run_repeats_no_batch(tmp_path):

@@ -74,6 +74,25 @@ def test_loops_run_once_per_step_of_the_launch():
     assert predict.trace(code[:2], {}, 5) == code[:2]
 
 
+def test_nested_loops_run_as_often_as_their_launch_says():
+    texts = [
+        "MOV",
+        "FFMA R1",
+        "FFMA R2",
+        "@P0 BRA `(.L_x_2)",
+        "@P0 BRA `(.L_x_1)",
+        "FADD",
+        "@P0 BRA `(.L_x_3)",
+    ]
+    code = [instruction(t.removeprefix("@P0 ")) for t in texts]
+    labels = {".L_x_1": 1, ".L_x_2": 2, ".L_x_3": 5}
+    inner = [code[2], code[3]] * 3
+    expected = [code[0], *[code[1], *inner, code[4]] * 2, *code[5:] * 4]
+    assert predict.trace(code, labels, 1, [2, 3, 4]) == expected
+    with pytest.raises(ValueError, match="the code has 3 loops, and TRIPS 1"):
+        predict.trace(code, labels, 1, [2])
+
+
 def test_predictions_agree_with_measurements(tmp_path):
     """A kernel's prediction is within a factor of two of a GPU's measurement, or the model is useless."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvae.kernels import (
+    aggregate,
     categorical,
     common,
     head,
@@ -24,6 +25,7 @@ from fastvae.kernels import (
 )
 from fastvae.kernels.likelihood_flat import SAMPLES_FLAT
 from fastvae.kernels.likelihood_parameters import is_heavy, launching_of
+from fastvae.kernels.mixture import THREAD, tile_of
 from fastvae.ops.normal_arguments import Draw
 from fastvae.ops.reduce import BoundReduction
 
@@ -70,9 +72,18 @@ def _parts(launch: Launch, results) -> list[torch.Tensor]:
     return [launch.tensors[name] for name in launch.stores if launch.tensors[name].data_ptr() not in kept]
 
 
-def assert_least(launch: Launch, again: dict[str, int] = {}) -> None:  # noqa: B006 (it is only read)
-    """Assert that each element of each argument is read once (``again`` times) or written once."""
+def assert_least(
+    launch: Launch,
+    again: dict[str, int] = {},  # noqa: B006 (it is only read)
+    unlike: tuple[str, ...] = (),
+) -> None:
+    """Assert that each element of each argument is read once (``again`` times) or written once.
+
+    The elements of an argument in ``unlike`` are not all read as often.
+    """
     for name in launch.tensors:
+        if name in unlike:
+            continue
         loaded, stored = launch.counts(launch.loads, name), launch.counts(launch.stores, name)
         what = f"{launch.kernel}: each element of {name}"
         assert not (loaded.any() and stored.any()), f"{what} is read and written"
@@ -462,3 +473,78 @@ def test_a_copy_is_flagged():
     x = torch.rand(5, 7)
     with pytest.raises(AssertionError, match="clone"):
         run(lambda: likelihood.log_prob(BERNOULLI, x, None, x.clone()[None]))
+
+
+def _often(rows: int, block: int, dims: int, each: int) -> torch.Tensor:
+    """Return how often scores read z [rows, dims]: lanes beyond the last row repeat it."""
+    often = torch.full((rows, dims), each)
+    often[-1] *= 1 + triton.cdiv(rows, block) * block - rows
+    return often.flatten()
+
+
+# Rows, components, dimensions and the size of the data set, 0 without strata: components in one tile and in
+# several, also split over programs, more rows than a program takes, and dimensions of two programs.
+AGGREGATES = [(30, 15, 5, 0), (9, 300, 3, 0), (2, 1030, 2, 0), (70, 70, 20, 300), (3, 2, 70, 0)]
+
+
+@pytest.mark.parametrize("n, u, d, size", AGGREGATES)
+def test_an_aggregate_stores_nothing_of_all_triples(n, u, d, size):
+    """The marginals' [N, U, D] are never in memory; the backward pass alone stores [N, U], of all dimensions.
+
+    Tiles of scores read z once for each block of components, and components once for each block of rows. The
+    marginals read z once, and components twice, for the maxima and for the sums.
+    """
+    (mu, logvar), (z,) = pair(u, d, torch.float32, True), tensors(1, n, d)
+    block_n, block_u, _ = tile_of(n, u, torch.float32, THREAD // 2)
+    blocks, tiles = triton.cdiv(n, block_n), triton.cdiv(u, block_u)
+    with recorded() as launches:
+        whole, marginals = aggregate.aggregate_log_prob(z, mu, logvar, size)
+    prepared, scores, each = launches[:3]
+    for merging in launches[3:]:  # of the maxima and sums of splits
+        assert_least(merging)
+    assert_least(prepared)
+    components = {"p_mean": blocks, "p_inverse": blocks, "p_constant": blocks}
+    z_often = _often(n, block_n, d, tiles)
+    assert scores.counts(scores.loads, "p_z").tolist() == z_often.tolist()
+    assert_least(scores, components, unlike=("p_z",))
+    padded = prepared.tensors["p_mean"].shape[1]
+    assert padded == tiles * block_u
+    parts = sum(t.numel() for name, t in scores.tensors.items() if name in scores.stores)
+    read = int(z_often.sum()) + blocks * (2 * d * padded + u)
+    assert scores.bytes() == 4 * (read + parts)
+    row_blocks = each.grid[0]
+    assert_least(each, dict.fromkeys(("p_mu", "p_logvar", "p_scale"), 2 * row_blocks))
+    assert each.bytes() == 4 * (2 * n * d + 2 * row_blocks * 3 * u * d)
+    assert max(t.numel() for launch in launches for t in launch.tensors.values()) <= max(n, padded) * d
+
+    grad, grad_each = torch.randn(n), torch.randn(n, d)
+    with recorded() as launches:
+        aggregate.aggregate_log_prob_backward(
+            grad, grad_each, whole, marginals, z, mu, logvar, size, [True] * 3
+        )
+    found = {launch.kernel: launch for launch in launches}
+    shares, rows = found["aggregate_shares_kernel"], found["aggregate_rows_kernel"]
+    of_components = found["aggregate_components_kernel"]
+    assert shares.counts(shares.loads, "p_z").tolist() == z_often.tolist()
+    assert_least(shares, {**components, "p_grad": tiles, "p_log_q": tiles}, unlike=("p_z",))
+    read = int(z_often.sum()) + 2 * tiles * n + blocks * (2 * d * padded + u)
+    assert shares.bytes() == 4 * (read + n * padded)
+    # Every other number is read once, for each program along an axis that it does not have.
+    wide = rows.grid[1]
+    splits = rows.tensors["p_out"].numel() // (n * d)
+    row_blocks = rows.grid[0] // splits
+    again = dict.fromkeys(("p_mu", "p_logvar", "p_scale"), row_blocks)
+    again |= dict.fromkeys(("p_grad", "p_log_q", "p_z"), splits)
+    assert_least(rows, again, unlike=("p_share",))
+    assert rows.bytes() == 4 * (wide * n * u + splits * 3 * n * d + row_blocks * 3 * u * d + splits * n * d)
+    splits = of_components.tensors["p_grad_mu"].numel() // (u * d)
+    blocks = of_components.grid[0] // splits
+    again = dict.fromkeys(("p_mu", "p_logvar"), splits)
+    again |= dict.fromkeys(("p_grad", "p_log_q", "p_z"), blocks)
+    assert_least(of_components, again, unlike=("p_share",))
+    assert of_components.bytes() == 4 * (
+        wide * n * u + blocks * 3 * n * d + splits * 2 * u * d + splits * 2 * u * d
+    )
+    for launch in (rows, of_components):
+        often = launch.counts(launch.loads, "p_share").reshape(n, padded)
+        assert (often[:, :u] == wide).all() and not often[:, u:].any()

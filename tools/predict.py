@@ -2,7 +2,8 @@
 
 Triton's code for sm_90 is disassembled with its control codes (Huerta et al., Dissecting and modeling the
 architecture of modern GPU cores, MICRO 2025, arXiv 2503.20481), and a quarter of a multiprocessor is
-simulated instruction by instruction on one trace for all warps: the loop's body once per step of the launch.
+simulated instruction by instruction on one trace for all warps: the loop's body once per step of the launch,
+or as ``TRIPS`` says.
 
 Assumptions, each of them wrong somewhere:
 
@@ -11,7 +12,9 @@ Assumptions, each of them wrong somewhere:
 - Pipes take a warp's instruction in 2 cycles (float, integer), 8 (special functions), 4 for each 128 bytes of
   shared or global memory; results of special functions arrive after 26 cycles, of shared memory after 32.
 - Memory is one server with the bandwidth of a copy, evenly shared by multiprocessors, and a latency of 600
-  cycles. Each tensor moves once, whatever the caches do; nothing waits for stores.
+  cycles. Each tensor moves once, whatever the caches do; nothing waits for stores. Loads from a cache wait as
+  long as those from memory: an aggregate posterior, which reads the same numbers many times with few warps,
+  seems slower than it is.
 - All alternative branches of a program are run: a sum of parts seems longer than it is.
 - Warps start 150 cycles apart, and the next one when one ends. Programs in a last, partial wave take as long
   as in a full one. A launch in a graph adds 1.5 µs.
@@ -115,18 +118,73 @@ def disassembled(binary: bytes) -> tuple[list[Instruction], dict[str, int]]:
     return instructions, labels
 
 
-def trace(instructions: list[Instruction], labels: dict[str, int], steps: float) -> list[Instruction]:
-    """Return the instructions one warp issues: the outermost loop once per step of the launch."""
+def trace(
+    instructions: list[Instruction], labels: dict[str, int], steps: float, trips: list[int] | None = None
+) -> list[Instruction]:
+    """Return the instructions one warp issues: the longest loop once per step of the launch.
+
+    With ``trips`` each loop is repeated as often as its number says, in the order of the loops' beginnings.
+    """
     loops = []
     for i, instruction in enumerate(instructions):
         m = re.match(r"BRA\S*.*?(\.L_x_\d+)", instruction.text)
         if m and labels.get(m[1], i) < i:
             loops.append((labels[m[1]], i + 1))
+    if trips is not None:
+        loops.sort(key=lambda loop: (loop[0], -loop[1]))
+        if len(loops) != len(trips):
+            raise ValueError(f"the code has {len(loops)} loops, and TRIPS {len(trips)}: {loops}, {trips}")
+        return _repeated(instructions, list(zip(loops, trips, strict=True)), 0, len(instructions))
     if not loops:
         return instructions
     first, last = max(loops, key=lambda loop: loop[1] - loop[0])
     body = instructions[first:last] * max(1, round(steps))
     return instructions[:first] + body + instructions[last:]
+
+
+def _repeated(
+    instructions: list[Instruction], loops: list[tuple[tuple[int, int], int]], first: int, last: int
+) -> list[Instruction]:
+    """Return the instructions from ``first`` to ``last``, with the loops among them repeated."""
+    issued: list[Instruction] = []
+    for n, ((begin, end), trips) in enumerate(loops):
+        if begin < first:  # inside a loop before
+            continue
+        issued += instructions[first:begin]
+        inner = [loop for loop in loops[n + 1 :] if loop[0][0] < end]
+        issued += _repeated(instructions, inner, begin, end) * trips
+        first = end
+    return issued + instructions[first:last]
+
+
+def _of_classes(a: dict) -> list[int]:
+    table = a.get("p_begins") is not None
+    classes = a["C"] // a["P"] if table else a["C"]
+    # Loops that run once, by their arguments, are none in the code.
+    outer = [a["per_program"]] if a["per_program"] > 1 else []
+    return [*outer, *[math.ceil(classes / a["BLOCK_C"])] * (table or classes > a["BLOCK_C"])]
+
+
+def _of_parts(a: dict) -> list[int]:
+    """Return the trips of the loops of several sums, of which a program runs one."""
+    parts = [a[name] for name in sorted(a) if name.startswith("parts_") and a[name]]
+    return [parts[0], *[0] * (len(parts) - 1)]
+
+
+# Repetitions of the loops of kernels that do not run one loop over tiles, from a launch's arguments; in the
+# order of the loops' beginnings, and divided by their unrolling.
+TRIPS: dict[str, Callable[[dict], list[int]]] = {
+    "positions_kernel": lambda a: [a["C"]],
+    "positions_backward_kernel": lambda a: [a["C"]],
+    "classes_kernel": _of_classes,
+    "classes_backward_kernel": _of_classes,
+    "aggregate_kernel": lambda a: [a["u_tiles"], a["D"] // 4],
+    "aggregate_marginals_kernel": lambda a: [a["U"], math.ceil(a["U"] / 64), min(a["U"], 64)],
+    "aggregate_shares_kernel": lambda a: [a["D"] // 4],
+    "aggregate_rows_kernel": lambda a: [a["u_per_program"]],
+    "aggregate_components_kernel": lambda a: [a["n_per_program"] // 2, a["n_per_program"] % 2],
+    "sum_parts_kernel": _of_parts,
+}
 
 
 def simulate(issued: list[Instruction], warps: int, total: int, scale: float, bandwidth: float) -> int:
@@ -234,7 +292,8 @@ def of_launch(kernel: Any, arguments: dict, options: dict, grid: tuple[int, ...]
     # Programs per multiprocessor in total, and resident at once.
     given = math.prod(grid) / MULTIPROCESSORS
     resident = min(*fit, math.ceil(given))
-    issued = trace(instructions, labels, steps)
+    trips = TRIPS[kernel.__name__](arguments) if kernel.__name__ in TRIPS else None
+    issued = trace(instructions, labels, steps, trips)
     moved = sum(t.numel() * t.element_size() for t in arguments.values() if isinstance(t, torch.Tensor))
     of_trace = sum(32 * i.bytes for i in issued if i.text.startswith(("LDG", "STG")))
     scale = moved / (math.prod(grid) * of_program * max(1, of_trace))
@@ -304,6 +363,11 @@ def calls() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]
             case = f"{'×'.join(map(str, size))}, {name}"
             yield (f"{family}_log_prob", case, "forward"), pair[:1]
             yield (f"{family}_log_prob", case, "forward+backward"), pair
+    yield from _masked()
+    # Classes of pixels, of tokens and of a table, counts, and aggregate posteriors.
+    f32, bf16 = torch.float32, torch.bfloat16
+    yield from _pairs([*kernels.softmax_launches((f32, bf16))])
+    yield from _pairs([pair for pair in kernels.aggregate_launches((f32,)) if "5000" not in pair[0]])
     for k, n in ((50, 1048576), (5000, 16384)):
         log_w, column = tensor(k, n), tensor(n)
         pair = [
@@ -312,6 +376,32 @@ def calls() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]
         ]
         yield ("log_mean_exp", f"{k}×{n}, float32", "forward"), pair[:1]
         yield ("log_mean_exp", f"{k}×{n}, float32", "forward+backward"), pair
+
+
+def _masked() -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]:
+    from fastvae.kernels import likelihood
+    from fastvae.likelihoods.declared import DECLARED
+
+    size = 50, 1024, 784
+    for family in ("bernoulli", "gaussian"):
+        found = kernels.of_likelihood(
+            likelihood, DECLARED[family], torch.float32, size, size, [False], masked=True
+        )
+        pair = [call for _, call in found]
+        case = f"{'×'.join(map(str, size))}, masked, float32"
+        yield (f"{family}_log_prob", case, "forward"), pair[:1]
+        yield (f"{family}_log_prob", case, "forward+backward"), pair
+
+
+def _pairs(
+    launches: list[tuple[str, Callable[[], object]]],
+) -> Iterator[tuple[tuple[str, str, str], list[Callable[[], object]]]]:
+    """Yield cases of labelled forward calls, each followed by its backward call."""
+    for (label, forward), (_, backward) in zip(launches[::2], launches[1::2], strict=True):
+        name, dtype, shape = label.split(" ", 2)
+        group, case = f"{name.removesuffix('_log_prob')}_log_prob", f"{shape}, {dtype}"
+        yield (group, case, "forward"), [forward]
+        yield (group, case, "forward+backward"), [forward, backward]
 
 
 def _predict(number: int) -> list[Predicted]:

@@ -22,6 +22,7 @@ from ..core.nested import (
     repeat,
     tensors,
 )
+from ..core.sparse import at_rows
 from ..distributions import (
     STANDARD,
     Distribution,
@@ -101,7 +102,7 @@ class Inputs(NamedTuple):
     def at(self, rows: Tensor) -> Inputs:
         """Select the data of the examples with indices ``rows``; q and the prior keep all rows."""
         conditioning = None if self.conditioning is None else self.conditioning.at(rows)
-        return self._replace(x=each(lambda t: t[rows], self.x), conditioning=conditioning)
+        return self._replace(x=each(lambda t: at_rows(t, rows), self.x), conditioning=conditioning)
 
     def decode(self, z: Tensor, samples: int) -> Any:
         """Call the decoder on z [K·B, D], reshaped to [K·B, *latent], and read its output."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from ..core.checks import is_dense, may_look
+from ..core.sparse import csr_parts, is_sparse
 from ..core.torch_private import functorch_is_active
 from .last_layer import called_by
 
@@ -75,13 +76,13 @@ def look(decoder: Any, likelihood: Any, x: Any, outputs: Any, returned: Any) -> 
             look(None, part, x[name], outputs[name], returned[name])
         return
     # Tensors under a transform, and subclasses, may have no values.
-    if type(x) is not Tensor or not is_dense(x) or functorch_is_active():
+    if type(x) is not Tensor or not (is_dense(x) or is_sparse(x)) or functorch_is_active():
         return
     # A distribution says what its parameters are.
     if not isinstance(returned, td.Distribution) and not look_at_structure(decoder, likelihood):
         _look_at_outputs(likelihood, outputs)
     if likelihood.counts and x.is_floating_point() and may_look(x):
-        values = x.detach()
+        values = csr_parts(x.detach())[0] if is_sparse(x) else x.detach()
         parts = values.isfinite() & (values != values.floor())
         if bool(parts.any()):
             warnings.warn(

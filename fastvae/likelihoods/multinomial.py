@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from ..core.checks import check_same_device, check_tensor, shape_of
+from ..core.checks import check_dense, check_same_device, check_tensor, shape_of
 from ..core.nested import Conditioning, all_tensors
 from ..ops.multinomial import check_counts, multinomial_rows
 from .base import NAMED, Likelihood
@@ -25,7 +25,9 @@ class Multinomial(Likelihood):
     .. math:: \log p(x|z_k) = \log n! - \sum_i \log x_i! + \sum_i x_i \log \mathrm{softmax}(l_k)_i,
               \quad n = \sum_i x_i
 
-    Counts may be of any dtype, or a sparse matrix [B, X], COO or CSR, which is not made dense. The op is
+    Counts may be of any dtype, or a sparse matrix [B, X], COO or CSR, which is never converted to a dense
+    tensor. The encoder of a :class:`fastvae.VAE` gets that matrix as it is: torch's Linear takes one as its
+    input, and a function that needs a dense batch calls ``x.to_dense()``. The op is
     ``fastvae.ops.multinomial_log_prob(x, logits)``.
 
     Args:
@@ -70,6 +72,8 @@ class Multinomial(Likelihood):
         return log_of(parameters, "Multinomial(probs=True)", *SHARES) if self.probs else parameters
 
     def check(self, x: Any, name: str = "x") -> None:
+        if type(self).log_prob is not Multinomial.log_prob and isinstance(x, Tensor):
+            check_dense(name, x)  # a subclass's log_prob gets it repeated for each sample
         check_counts(x, name)
 
     def log_likelihood(

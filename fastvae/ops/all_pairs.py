@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core import backend as _backend
 from ..core.checks import check_data, check_same_device, check_tensor, may_look, shape_of
 from ..core.deferred import LastLayer, multiply_out
+from ..core.sparse import span
 from .likelihood import DECLARED, PUBLIC, check_support, result_dtype
 from .op import accumulator
 
@@ -170,7 +171,7 @@ def _by_tiles(x: Any, parameters: Any, function: Callable[..., Tensor], spread: 
         tile = [p[k : k + at_once] for p in parts]
         row = []
         for b in range(0, max(1, batch), rows):
-            part = x[b : b + rows]
+            part = span(x, b, b + rows)
             row.append(
                 checkpoint(of_tile, part, *tile, use_reentrant=False) if wants else of_tile(part, *tile)
             )

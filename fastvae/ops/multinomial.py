@@ -31,18 +31,13 @@ from ..core.checks import (
     signed,
 )
 from ..core.nested import as_mask
+from ..core.sparse import check_matrix, csr_parts, is_sparse
 from ._contract import Contract
 from .categorical import Classes
 from .likelihood import flat_mask, result_dtype
 from .op import Op
 
 _INPUTS = "Tensor x, Tensor? begins, Tensor? columns, Tensor? mask, Tensor logits"
-_SPARSE = (torch.sparse_coo, torch.sparse_csr)
-
-
-def is_sparse(x: object) -> bool:
-    """Return True for a sparse tensor of counts, COO or CSR."""
-    return isinstance(x, Tensor) and x.layout in _SPARSE
 
 
 def _batch(x: Tensor, begins: Tensor | None) -> int:
@@ -166,22 +161,12 @@ def check_columns(begins: Tensor, columns: Tensor, width: int) -> None:
     )
 
 
-def _csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, begins of rows and columns of a sparse tensor [B, X]."""
-    if x.layout == torch.sparse_csr:
-        return x.values(), x.crow_indices().long(), x.col_indices().long()
-    x = x.coalesce()
-    rows, columns = x.indices()
-    begins = torch.bincount(rows + 1, minlength=x.shape[0] + 1).cumsum(0)
-    return x.values(), begins, columns.contiguous()
-
-
 def multinomial_rows(x: Tensor, logits: Tensor, mask: Tensor | None, coefficient: bool) -> Tensor:
     """Return log p [N] of x [B, *event] and validated logits [N, *event]."""
     rows = logits if logits.dim() == 2 else logits.reshape(len(logits), logits.shape[1:].numel())
     begins = columns = None
     if is_sparse(x):
-        x, begins, columns = _csr(x)
+        x, begins, columns = csr_parts(x)
     elif x.dim() != 2:
         x = x.reshape(x.shape[0], x.shape[1:].numel())
     # The C++ checks in the pass that reads the data.
@@ -197,10 +182,10 @@ def multinomial_rows(x: Tensor, logits: Tensor, mask: Tensor | None, coefficient
 
 def check_counts(x: Tensor, name: str = "x") -> Tensor:
     """Validate the kind of counts: a dense tensor, or a sparse matrix [B, X], COO or CSR."""
+    if isinstance(x, Tensor):
+        check_matrix(name, x)
     if not is_sparse(x):
         return check_data(x, Classes, name)
-    if x.dim() != 2 or x.dense_dim():
-        raise ValueError(f"{name} is sparse with shape {shape_of(x)}; expected a matrix [B, X]")
     if not (x.dtype.is_floating_point or x.dtype in INTEGERS):
         raise TypeError(f"{name} is {x.dtype}; expected counts, floating-point or integers")
     if x.requires_grad:

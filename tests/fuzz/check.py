@@ -324,7 +324,7 @@ def expected(
     seed = _seed(c)
     with torch.set_grad_enabled(learns):
         inputs = [r(t.double(), t.dtype, exact=True) for t in family.before(*built.q_leaves)]
-        q = family.exact(*inputs)
+        q = _with_rounded_weights(family.exact(*inputs), r)
         wide = z.double()
         given = [wide]
         if c.q == "low rank":
@@ -340,11 +340,11 @@ def expected(
             built.prior()(built.context) if c.prior == "of the context" else prior.before(*built.p_leaves)
         )
         inner = [r(t.double(), t.dtype, exact=True) for t in stated]
-        p = prior.exact(*inner)
+        p = _with_rounded_weights(prior.exact(*inner), r)
         # Half precision rounds the z of the prior's density, and not the noise that some of q's are of.
         log_q = r(families.density(q, at), absolute=c.latent)
         log_p = r(families.density(p, r(path, z.dtype)), absolute=c.latent)
-        frozen_q = family.exact(*(t.detach() for t in inputs))
+        frozen_q = _with_rounded_weights(family.exact(*(t.detach() for t in inputs)), r)
         log_q_of_z = r(families.density(frozen_q, at), absolute=c.latent)
         inside = min(z.dtype, decoders.dtype(c.decoder, c.net_dtype), key=_digits)
         log_likelihood = _log_likelihood(built, r(path, inside, exact=True), z.dtype, samples, r, kind)
@@ -362,6 +362,18 @@ def expected(
         return results | _gradients(
             built, results, log_w, log_likelihood, log_p, log_q, log_q_of_z, share, float16
         )
+
+
+def _with_rounded_weights(d: Any, r: Arithmetic) -> Any:
+    """Return d, with a rounding of its log weights and of their gradient if it is a mixture.
+
+    The gradient of the logits is sum_n g_n (r_nc - pi_c), for responsibilities r and weights pi. It is
+    computed as G_c - pi_c sum_c G_c from that of the log weights, G_c = sum_n g_n r_nc, which is stored: its
+    rounding is relative to G, and the difference may be far smaller.
+    """
+    if isinstance(d, (families.MixtureOf, families.NormalMixture)):
+        d.logits = r(d.logits)
+    return d
 
 
 def _digits(dtype: torch.dtype) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...core.nested import Conditioning, as_mask, as_size_factor, each, tensors
+from ...core.sparse import at_rows, joined
 from ...core.terminal import ProgressStream
 from ...distributions import rsample_log_prob
 from ...inputs.batch import Inputs
@@ -159,7 +160,7 @@ class Sample:
         for row in range(-start % self._every, len(tensors(x)[0]), self._every):
 
             def one(t: Tensor, row: int = row) -> Tensor:
-                return t[row : row + 1].clone()
+                return at_rows(t, torch.tensor([row], device=t.device))
 
             rest = None if conditioning is None else Conditioning(*(each(one, part) for part in conditioning))
             self._kept[start + row] = each(one, x), rest
@@ -184,7 +185,7 @@ class Sample:
 def _joined(parts: Any) -> Any:
     if isinstance(parts[0], Mapping):
         return {name: _joined([p[name] for p in parts]) for name in parts[0]}
-    return None if parts[0] is None else torch.cat(parts)
+    return None if parts[0] is None else joined(parts)
 
 
 def probe(inputs: Inputs) -> None:

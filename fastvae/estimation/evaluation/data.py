@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate
 
 from ...core.checks import FLOATING, check_dense, shape_of
 from ...core.nested import Conditioning, tensors
+from ...core.sparse import check_matrix, is_sparse, span
 from ...inputs.modules import modules_of
 from ...likelihoods.base import Likelihood
 from ...likelihoods.declared import Declared
@@ -59,7 +60,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         row, axes = 0, None
-        for index, batch in enumerate(self._batches):
+        for index, batch in enumerate(_explained(self._batches)):
             batch, conditioning = unpacked(batch, self._prepare_batch)
             x = data_of(batch, axes, self._likelihood)
             examples, axes = tensors(x)[0].shape[0], [t.dim() for t in tensors(x)]
@@ -83,12 +84,17 @@ def batches_of(data: Any, batch_size: int, shard: str) -> Iterable[Any]:
     if is_array(data):
         return Slices(sliceable("data", data), batch_size)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return DataLoader(data, batch_size)
+        return DataLoader(data, batch_size, collate_fn=collated)
     sampler = data.sampler if isinstance(data, DataLoader) else None
     if isinstance(sampler, DistributedSampler) and shard != "none":
         raise ValueError(
             "data has a DistributedSampler, but evaluate shares the batches among the ranks itself; give it "
             'a loader of the whole data set, or shard="none" to evaluate this rank\'s part alone'
+        )
+    if hasattr(data, "tocsr"):
+        raise TypeError(
+            f"data is a {type(data).__name__}, a sparse matrix of another library; expected torch's: pass "
+            "torch.sparse_csr_tensor(m.indptr, m.indices, m.data, m.shape) of m = data.tocsr()"
         )
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise TypeError(
@@ -96,6 +102,32 @@ def batches_of(data: Any, batch_size: int, shard: str) -> Iterable[Any]:
             f"DataLoader; got {type(data).__name__}"
         )
     return data
+
+
+def collated(examples: list[Any]) -> Any:
+    """Return a batch of examples as torch does, and of rows of sparse matrices a sparse matrix, COO."""
+    first = examples[0]
+    if is_sparse(first):
+        return torch.stack([example.to_sparse() for example in examples])
+    if isinstance(first, Mapping) and any([is_sparse(part) for part in first.values()]):
+        return {name: collated([example[name] for example in examples]) for name in first}
+    if isinstance(first, (tuple, list)) and any([is_sparse(part) for part in first]):
+        return [collated(list(parts)) for parts in zip(*examples, strict=True)]
+    return default_collate(examples)
+
+
+def _explained(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches; explain torch's error for a loader of sparse examples."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not ("sparse" in str(error) and "collate_fn" in str(error)):
+            raise
+        raise TypeError(
+            "data is a DataLoader of sparse examples, which torch's default collate_fn does not put into a "
+            "batch; expected batches [B, X]: pass the data set, loader.dataset, or the sparse matrix [N, X] "
+            "itself, or give the loader a collate_fn, such as torch.stack for rows [X]"
+        ) from error
 
 
 class Slices(Sequence[Any]):
@@ -111,10 +143,10 @@ class Slices(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        rows = slice(index * self._size, min((index + 1) * self._size, self._rows))
+        rows = index * self._size, min((index + 1) * self._size, self._rows)
         if isinstance(self._data, dict):
-            return {name: part[rows] for name, part in self._data.items()}
-        return self._data[rows]
+            return {name: span(part, *rows) for name, part in self._data.items()}
+        return span(self._data, *rows)
 
 
 def is_array(value: Any) -> bool:
@@ -125,7 +157,11 @@ def is_array(value: Any) -> bool:
 def sliceable(name: str, array: Any) -> Any:
     """Return a tensor or array [N, ...] that can be sliced by rows, without reading it if possible."""
     if isinstance(array, Tensor):
-        check_dense(name, array)
+        check_matrix(name, array)
+        if not is_sparse(array):
+            check_dense(name, array)
+        elif array.layout is torch.sparse_coo:
+            array = array.coalesce()
     elif not (hasattr(array, "shape") and hasattr(array, "__getitem__")) or hasattr(array, "iloc"):
         array = np.asarray(array)  # pandas slices by label
     if len(array.shape) == 0:

@@ -69,7 +69,9 @@ def evaluate(
         vae: the model, a :class:`fastvae.VAE`; ``vae.evaluate(data, ...)`` is the same call.
         data: a tensor or array [N, \*event], a map-style Dataset, or an iterable of batches, tensors or
             arrays, such as a DataLoader; if a batch is a tuple or list, its first entry. For
-            :class:`fastvae.likelihoods.Joint` a dict of tensors or arrays, or batches that are dicts.
+            :class:`fastvae.likelihoods.Joint` a dict of tensors or arrays, or batches that are dicts. Counts
+            of a multinomial likelihood may be sparse matrices, COO or CSR, as a whole or in batches. The data
+            set is never converted to a dense tensor, and the encoder gets sparse batches.
         k: draws per example, default 5000. With ``tol`` the maximum, default 100 000.
         tol: draw 100, 200, 400, … until an example's standard error is at most tol nats, so that easy
             examples cost little. An example may stop before its largest weights are drawn, which biases log
