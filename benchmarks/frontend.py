@@ -2,7 +2,10 @@
 
 Forward and backward of ``fastvae.elbo`` and ``fastvae.iwae``, minus the decoder's own node in the graph,
 against the same lines of PyTorch, eager and compiled, and against two autograd nodes that allocate the same
-results and do nothing. For small models this is the whole cost.
+results and do nothing. For small models this is the whole cost. ``--steps`` measures whole training steps.
+
+On a machine without a GPU, ``python -m tools.fakecard -- python -m benchmarks frontend --device cuda --cpu``
+measures the host's work for one: the processor's time of all threads, while kernels do nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from torch.nn import functional
 
 import fastvae
 
-from .measure import keep_memory
+from .measure import COMPILE, Host, Place, keep_memory
 
 
 class Case(NamedTuple):
@@ -182,15 +185,20 @@ def implementations(
 
 
 def measure(
-    runs: dict[str, Callable[[], object]], rounds: int, calls: int = 1, wait: Callable[[], object] = bool
+    runs: dict[str, Callable[[], object]],
+    rounds: int,
+    calls: int = 1,
+    wait: Callable[[], object] = bool,
+    clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, list[float]]:
-    """Return microseconds of each run in each round, minus those of the link in the same round.
+    """Return microseconds of each run in each round, minus the median of the link, if it is among them.
 
     Args:
         runs: name → function to measure.
         rounds: number of rounds.
         calls: consecutive calls per round. Default: 1.
         wait: returns when the device has finished. Default: no wait.
+        clock: returns nanoseconds. Default: those on the wall.
     """
     for run in runs.values():
         for _ in range(20):
@@ -199,13 +207,42 @@ def measure(
     for _ in range(rounds):
         for name, run in runs.items():
             wait()
-            before = time.perf_counter_ns()
+            before = clock()
             for _ in range(calls):
                 run()
             wait()
-            times[name].append((time.perf_counter_ns() - before) / (1e3 * calls))
-    link = statistics.median(times.pop("link"))
+            times[name].append((clock() - before) / (1e3 * calls))
+    link = statistics.median(times.pop("link", [0]))
     return {name: [t - link for t in values] for name, values in times.items()}
+
+
+# Samples, batch, hidden layers and latents of whole steps.
+STEPS = ((1, 128, (200, 200), 50), (50, 64, (200, 200), 50))
+
+
+class _On(Host):
+    """Host of another device, whose works are run without its clock."""
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+
+
+def steps(case: tuple[int, int, tuple[int, ...], int], device: str) -> dict[str, Callable[[], object]]:
+    """Return each implementation's training step of benchmarks.objectives."""
+    from . import objectives
+
+    (work,) = objectives.steps("", *case, {}, Place(host=_On(device), versions={COMPILE: {}}))
+    return {name: run for name, run in work.run.items() if name != "Pyro"}
+
+
+def _print_steps(device: str, rounds: int, *how: Any) -> None:
+    for case in STEPS:
+        runs = steps(case, device)
+        found = measure(runs, rounds, *how)
+        k, batch, hidden, latent = case
+        print(f"step, K={k}, B={batch}, 784-{'-'.join(map(str, hidden))}-{latent} | " + " | ".join(
+            f"{name} {statistics.median(values):.0f}" for name, values in found.items()
+        ), flush=True)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -223,13 +260,24 @@ def main(arguments: list[str] | None = None) -> int:
         default="cpu",
         help="device of the tensors (default cpu); other devices run twenty calls in a row",
     )
+    parser.add_argument(
+        "--cpu", action="store_true", help="the processor's time of all threads, not the time on the wall"
+    )
+    parser.add_argument("--steps", action="store_true", help="whole training steps instead")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     options = parser.parse_args(arguments)
     if options.device != "cpu":
         options.threads = [torch.get_num_threads()]
     columns = [c for c in COLUMNS if not options.no_compile or "compile" not in c]
     keep_memory()
-    print("microseconds, forward + backward without the decoder: median (20th to 80th percentile)\n")
+    queue = (20, torch.cuda.synchronize) if options.device.startswith("cuda") else (1, bool)
+    how = *queue, time.process_time_ns if options.cpu else time.perf_counter_ns
+    microseconds = f"microseconds{' of the processor' * options.cpu}"
+    if options.steps:
+        print(f"{microseconds}: median\n")
+        _print_steps(options.device, options.rounds, *how)
+        return 0
+    print(f"{microseconds}, forward + backward without the decoder: median (20th to 80th percentile)\n")
     for threads in options.threads:
         torch.set_num_threads(threads)
         for likelihood in options.likelihoods:
@@ -241,8 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
             for case in (CASES[n] for n in options.cases):
                 i = make(case, likelihood, options.device)
                 runs = implementations(case, likelihood, i, not options.no_compile)
-                queue = (20, torch.cuda.synchronize) if options.device.startswith("cuda") else ()
-                found = measure(runs, options.rounds, *queue)
+                found = measure(runs, options.rounds, *how)
                 middle = {name: statistics.median(values) for name, values in found.items()}
                 best = min(middle[c] for c in (OURS, COMPILED) if c in middle)
                 peers = [v for name, v in middle.items() if name.startswith("torch.compile")]

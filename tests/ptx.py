@@ -354,8 +354,9 @@ class Threads:
 
     @staticmethod
     def _compared(how: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        if how == "num":
-            return ~(np.isnan(x) | np.isnan(y))
+        if how in ("num", "nan"):
+            unordered = np.isnan(x) | np.isnan(y)
+            return unordered if how == "nan" else ~unordered
         if how in COMPARE:
             return COMPARE[how](x, y)
         # Unordered: true with NaN.

@@ -136,7 +136,6 @@ def test_threads(kernels):
     assert sorted(_kernels(found)) == sorted(40 * kernels)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs --devices 2, the default")
 def test_two_devices(kernels):
     """Tensors are computed on their own device, whichever is current, in turns and in threads."""
     first, second = _inputs("cuda:0"), _inputs("cuda:1")

@@ -137,21 +137,8 @@ def _is_view(op: torch._ops.OpOverload) -> bool:
 def _on_the_cpu(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Compute an op by the CPU's kernel, on the card's memory."""
     given: list[tuple[Tensor, Tensor]] = []  # of the card, the same on the CPU
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_cuda:
-            given.append((value, _same_memory(value)))
-            return given[-1][1]
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(moved, value))
-        if isinstance(value, torch.Generator):
-            return _generator_of(value)
-        if isinstance(value, torch.device):
-            return torch.device("cpu")
-        return value
-
-    args = tuple(map(moved, args))
-    kwargs = {name: moved(value) for name, value in kwargs.items()}
+    args = tuple(_moved(a, given) for a in args)
+    kwargs = {name: _moved(a, given) for name, a in kwargs.items()}
     arguments = op._schema.arguments
     # Numbers may stand for tensors here; the overload that takes them is another.
     numbers = (isinstance(a, (int, float)) and isinstance(s.type, torch.TensorType)
@@ -177,6 +164,18 @@ def _on_the_cpu(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 
     control.submit(again, stream)
     return shown
+
+
+def _moved(value: Any, given: list[tuple[Tensor, Tensor]]) -> Any:
+    """Return an argument on the CPU, and add its tensors to ``given``."""
+    if isinstance(value, Tensor) and value.is_cuda:
+        given.append((value, _same_memory(value)))
+        return given[-1][1]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(v, given) for v in value)
+    if isinstance(value, torch.Generator):
+        return _generator_of(value)
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def _shown(results: Any, given: list[tuple[Tensor, Tensor]], device: torch.device) -> Any:
