@@ -37,9 +37,10 @@ def launching_of(likelihood: Any, backward: bool, masked: bool = False) -> Launc
     """Return the launch parameters of a likelihood."""
     if is_heavy(likelihood.name):
         return LAUNCH["likelihood_heavy"]
-    # Quantities computed from the data take registers; so does a third parameter.
+    # Quantities computed from the data take registers, and so does a second parameter: a larger tile leaves
+    # room for fewer programs that wait for memory.
     three = len(likelihood.outputs) == MAX_PARAMETERS
-    many = likelihood.data is not None or three
+    many = likelihood.data is not None or len(likelihood.outputs) > 1
     if three and masked and not backward:
         return LAUNCH["likelihood_masked"]
     return LAUNCH["likelihood_backward" if backward or many else "likelihood"]

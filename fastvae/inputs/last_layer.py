@@ -45,7 +45,7 @@ def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
     layer: Any = decoder
     if not _is_product_alone(value, layer.weight, layer.bias):
         return layer(value)
-    return deferred_layer(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]))
+    return deferred_layer(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]), False)
 
 
 def may_end_in_a_layer(decoder: Any) -> bool:
@@ -97,7 +97,7 @@ class FusedHead(nn.Module):
     and likelihood accepts in place of the parameters: values and gradients equal those of the layers'
     outputs, to rounding. For K·B samples of a large event these outputs are the largest tensors of a training
     step. Where the likelihood has no fused op, and with ``mask=`` or ``size_factor=``, they are computed as
-    usual.
+    usual. On a GPU, in float32 at torch's default precision, this takes longer than storing them.
 
     Args:
         body: module z [N, D] -> h [N, H], which is called.
@@ -181,13 +181,13 @@ class FusedHead(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
             weights = tuple([keep(layer.weight).to(dtype) for layer in layers])
             biases = tuple([None if layer.bias is None else keep(layer.bias).to(dtype) for layer in layers])
-            return deferred_layer(keep(h).to(dtype), weights, biases, self.event)
+            return deferred_layer(keep(h).to(dtype), weights, biases, self.event, True)
         for t in (t for layer in layers for t in (layer.weight, layer.bias) if t is not None):
             if t.dtype != h.dtype:
                 raise TypeError(f"h has dtype {h.dtype} and a last layer {t.dtype}; cast one of them")
         weights = tuple([keep(layer.weight) for layer in layers])
         biases = tuple([None if layer.bias is None else keep(layer.bias) for layer in layers])
-        return deferred_layer(keep(h), weights, biases, self.event)
+        return deferred_layer(keep(h), weights, biases, self.event, True)
 
     def extra_repr(self) -> str:
         return "" if self.event is None else f"event={self.event}"

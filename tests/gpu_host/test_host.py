@@ -306,3 +306,24 @@ def test_microseconds_are_of_the_processor():
     waits = control.cpu_microseconds(lambda: done.wait(0.02), calls=1, blocks=3, warmup=0)
     works = control.cpu_microseconds(lambda: sum(range(10**6)), calls=1, blocks=3, warmup=0)
     assert 0 <= waits < works
+
+
+def test_the_last_layer_is_fused_where_it_pays(monkeypatch):
+    """In float32 without TF32 only on request, to save memory."""
+    x, mu, logvar, _ = _inputs()
+    layer = nn.Linear(D, X, device="cuda")
+
+    def launched(decoder):
+        with control.launches() as found:
+            fastvae.iwae(x, (mu, logvar), decoder, k=K, likelihood="bernoulli")
+        return "linear_log_prob_kernel" in _kernels(found)
+
+    assert not launched(layer)
+    assert launched(fastvae.FusedHead(nn.Identity(), layer))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launched(layer)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not launched(layer)
