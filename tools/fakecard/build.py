@@ -43,8 +43,8 @@ def build(folder: Path, torch: str = TORCH) -> dict[str, str]:
     own.mkdir(parents=True, exist_ok=True)
     with _locked(own / "lock"):
         python = _virtual_environment(own / "venv", torch)
-        found = _stand_ins(own, python)
-        _extension(python, found)
+        found = _stand_ins(own, _headers(own / "headers", python))
+        _extension(python)
     return _variables(own, found)
 
 
@@ -91,7 +91,26 @@ def _metadata(folder: Path) -> str:
     return path.read_text()
 
 
-def _stand_ins(own: Path, python: Path) -> Path:
+def _headers(folder: Path, python: Path) -> Path:
+    """Return the folder of CUDA's headers, of the version that torch was compiled with.
+
+    They are not in the virtual environment: torch would load the runtime that comes with them.
+    """
+    (version,) = re.findall(
+        r"^Requires-Dist: cuda-toolkit\[.*?\]==(\d+\.\d+)", _metadata(python.parents[1]), re.M
+    )
+    if not folder.exists():
+        unfinished = folder.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        packages = [f"nvidia-cuda-{name}=={version}.*" for name in ("runtime", "crt")]
+        pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+        subprocess.run([*pip, "--no-deps", "--target", unfinished, *packages], check=True)
+        unfinished.rename(folder)
+    (include,) = folder.glob("nvidia/*/include")
+    return include
+
+
+def _stand_ins(own: Path, include: Path) -> Path:
     """Return the folder of the stand-ins of these sources; other checkouts' lie next to it."""
     sources = Path(libraries.__file__), libraries.SOURCE
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:12]
@@ -101,13 +120,12 @@ def _stand_ins(own: Path, python: Path) -> Path:
         site, unfinished = _site(own / "venv"), own / f"lib-{digest}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        include = site / "triton" / "backends" / "nvidia" / "include"
         libraries.build(site / "torch" / "lib", include, unfinished)
         unfinished.rename(folder)
     return folder
 
 
-def _extension(python: Path, found: Path) -> None:
+def _extension(python: Path) -> None:
     """Build the checkout's fastvae._C in place, as an editable install does, if Python finds none."""
     suffix = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"],

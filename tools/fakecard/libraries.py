@@ -29,7 +29,7 @@ def build(torch_libraries: Path, include: Path, out: Path) -> None:
 
     Args:
         torch_libraries: folder of torch's own shared libraries.
-        include: folder of CUDA's headers; Triton has them.
+        include: folder of CUDA's headers.
         out: folder for the results, which exists.
     """
     needed, symbols = _needs(torch_libraries)
