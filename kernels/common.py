@@ -38,8 +38,8 @@ LAUNCH = {
     # Up to four sums in addition: half as many per thread, or float64 spills. Half precision needs 8 elements
     # per thread for 16-byte loads.
     "latent_backward": Launch(512, 128, 128, 64),
-    # Of one parameter. 16 elements per thread: four 16-byte loads of float32 in flight for each operand. Twice
-    # that halves the occupancy.
+    # Of one parameter. 16 elements per thread: four 16-byte loads of float32 in flight for each operand.
+    # Twice that halves the occupancy.
     "likelihood": Launch(2048, 128, 256, 128),
     # More parameters, or sums and two results in addition: half as many per thread, or they spill.
     "likelihood_backward": Launch(1024, 128, 256, 128),

@@ -27,7 +27,7 @@ from .common import (
 )
 from .elementary import log1p, log1p_of_odds, odds_of_both
 from .launching import Call, Result, fixed, planned
-from .likelihood_flat import flat_gradients, is_flat
+from .likelihood_flat import bound_backward, flat_gradients, is_flat
 from .likelihood_parameters import (
     ALONG_ALL,
     ALONG_B,
@@ -48,6 +48,9 @@ from .likelihood_parameters import (
 # Maximum tiles of a row per program where logarithms are shared: the product of four factors of up to 2 from
 # each tile must stay below 2^127.
 MAX_TILES = 28
+
+
+__all__ = ["bound_backward", "log_prob", "log_prob_backward"]
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Recording of an op's launches, for their replay in C++ (csrc/replay.hpp).
 
-A call is recorded if it consists of launches alone: every pointer is an argument's or a result's, every number
-is a constant of the call's key or one of its varying arguments. Anything else (a torch op, arithmetic on a
-varying number, a kernel that needs scratch memory) leaves the call to Python.
+A call is recorded if it consists of launches alone: every pointer is an argument's or a result's, every
+number is a constant of the call's key or one of its varying arguments. Anything else (a torch op, arithmetic
+on a varying number, a kernel that needs scratch memory) leaves the call to Python.
 """
 
 from __future__ import annotations
@@ -190,7 +190,10 @@ def _launch(
     metadata = compiled.metadata
     if len(kinds) != len(given) or any(getattr(metadata, name, None) for name in _UNSUPPORTED):
         raise _NotRecordable
-    if tuple(getattr(metadata, "cluster_dims", (1, 1, 1))) != (1, 1, 1) or getattr(metadata, "num_ctas", 1) > 1:
+    if (
+        tuple(getattr(metadata, "cluster_dims", (1, 1, 1))) != (1, 1, 1)
+        or getattr(metadata, "num_ctas", 1) > 1
+    ):
         raise _NotRecordable
     parameters = [_parameter(a, kind, places) for a, kind in zip(given, kinds, strict=True)]
     parameters = [p for p in parameters if p is not None]

@@ -126,6 +126,28 @@ def reduce_kernel(
         tl.store(p_bound + tl.program_id(0), tl.sum(tl.sum(b_batch, axis=1), axis=0))
 
 
+@triton.jit
+def bound_gradient(p_grad_bound, o_b, m_b, B, stride_bound, OF_MEAN: tl.constexpr, DTYPE: tl.constexpr):
+    """Load the upstream gradient of each row's bound."""
+    b_bound = load(p_grad_bound, o_b * stride_bound, m_b, DTYPE)
+    if OF_MEAN:
+        b_bound = quotient(b_bound, tl.zeros_like(b_bound) + B)
+    return b_bound
+
+
+@triton.jit
+def sample_gradient(p_weights, b_bound, o_k, o_b, mask, K, B, TINY: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the gradient of each sample's log-likelihood from that of the row's bound."""
+    if p_weights is not None:
+        b_weight = load(p_weights, o_k * B + o_b, mask, DTYPE)
+        b_grad = b_bound * b_weight
+        # NaN compares false and is kept.
+        b_grad = tl.where((b_weight == 0) | (tl.abs(b_grad) < TINY), 0.0, b_grad)
+    else:
+        b_grad = quotient(b_bound, tl.zeros_like(b_bound) + K)
+    return b_grad
+
+
 @triton.jit(do_not_specialize=["coefficient", "K"], do_not_specialize_on_alignment=["k_tiles"])
 def reduce_backward_kernel(
     p_grad_bound,  # upstream gradient of the bound: [B], or [] with stride 0
@@ -155,28 +177,21 @@ def reduce_backward_kernel(
     o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
     m_b = o_b < B
     mask = m_b & (o_k < K)
-    b_bound = load(p_grad_bound, o_b * stride_bound, m_b, DTYPE)
-    if OF_MEAN:
-        b_bound = quotient(b_bound, tl.zeros([BLOCK_B, 1], dtype=DTYPE) + B)
-    b_count = tl.zeros([BLOCK_B, 1], dtype=DTYPE) + K
+    b_bound = bound_gradient(p_grad_bound, o_b, m_b, B, stride_bound, OF_MEAN, DTYPE)
     b_factor = term_factor(p_beta, coefficient, o_b, m_b, stride_beta, UNIT, DTYPE)
-    if p_weights is not None:
-        b_weight = load(p_weights, o_k * B + o_b, mask, DTYPE)
-        b_grad = b_bound * b_weight
-        # NaN compares false and is kept.
-        b_grad = tl.where((b_weight == 0) | (tl.abs(b_grad) < TINY), 0.0, b_grad)
-    else:
-        b_grad = quotient(b_bound, b_count) + tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)
+    b_grad = sample_gradient(p_weights, b_bound, o_k, o_b, mask, K, B, TINY, DTYPE)
+    b_grad += tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)
     if p_grad_term is not None:
         store(p_grad_term, o_k * B + o_b, b_factor * b_grad, mask)
     if p_grad_kl is not None:
         store(p_grad_kl, o_b, b_factor * b_bound, m_b & (i_k == 0))
     if p_grad_mean is not None:
-        b_grad += quotient(load(p_grad_mean, o_b * stride_mean, m_b, DTYPE), b_count)
+        b_mean = load(p_grad_mean, o_b * stride_mean, m_b, DTYPE)
+        b_grad += quotient(b_mean, tl.zeros_like(b_mean) + K)
     store(p_grad, o_k * B + o_b, b_grad, mask)
 
 
-def _factor(how: Any) -> tuple[float, int]:
+def unit_of(how: Any) -> tuple[float, int]:
     """Return the further factor of the term if it is 1 or -1, else 0 and its bits."""
     # One that varies from call to call is of another type while a call is recorded.
     if type(how.coefficient) in (int, float) and abs(how.coefficient) == 1:
@@ -184,7 +199,7 @@ def _factor(how: Any) -> tuple[float, int]:
     return 0.0, bits_of(how.coefficient)
 
 
-def _beta(beta: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+def on_device(beta: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     """Return beta on the device: if 0-d it may be on the CPU, as for torch's operators."""
     return beta if beta is None or beta.device == like.device else beta.to(like.device)
 
@@ -246,8 +261,8 @@ def reduce(
     k, b = log_likelihood.shape
     log_mean_exp = how.over == "log_mean_exp"
     if b > 0:
-        unit, bits = _factor(how)
-        tensors = log_likelihood, term, _beta(beta, log_likelihood)
+        unit, bits = unit_of(how)
+        tensors = log_likelihood, term, on_device(beta, log_likelihood)
         return _reduce(tensors, (unit, log_mean_exp, terms, how.reduction), (bits,))
     bound, mean = log_likelihood.new_empty(0), log_likelihood.new_empty(0) if terms else None
     weights = log_likelihood.new_empty((k, 0)) if log_mean_exp else None
@@ -298,10 +313,10 @@ def reduce_backward(
     if samples == 0 or batch == 0:
         grad = grad_bound.new_zeros((samples, batch))
         return grad, None if term_axes == 0 else torch.zeros_like(grad) if term_axes == 2 else grad.sum(0)
-    unit, bits = _factor(how)
+    unit, bits = unit_of(how)
     settings = samples, batch, unit, of_mean, term_axes
     kept = weights if weights is None else weights.contiguous()
-    beta = _beta(beta, grad_bound)
+    beta = on_device(beta, grad_bound)
     grad, grad_term, grad_kl = _gradients((grad_bound, grad_mean, kept, beta), settings, (bits,))
     if term_axes == 1 and weights is not None:
         grad_kl = how.coefficient * grad.sum(0)

@@ -184,7 +184,10 @@ class Op:
         types = _letters(self.schema) if self.replays else None
         try:
             replayed = _backend.extension().replayed
-        except (RuntimeError, AttributeError):  # left out, or missing by accident, which the first call reports
+        except (
+            RuntimeError,
+            AttributeError,
+        ):  # left out, or missing by accident, which the first call reports
             return self._on_gpu
         if types is None:
             return self._on_gpu
@@ -298,8 +301,8 @@ class Op:
         run = gradient and (gradient.native if place == ON_CPU else gradient._gpu)
 
         def backward(ctx, *grads):
-            # Grad mode or tensors may have changed since the forward pass; and Triton runs on a GPU only while
-            # the backend is in force.
+            # Grad mode or tensors may have changed since the forward pass, and the backend, which the
+            # function for GPU tensors looks up.
             changed = place == ON_GPU and _backend.chosen() != "native"
             if run is None or changed or torch.is_grad_enabled() or plain(grads) != place:
                 ctx.backend = "native"

@@ -251,17 +251,23 @@ class _ReduceBackward(Op):
         super().__init__()
 
     def composed(self, backend):
-        rows = _backend.layer(backend, "likelihood").log_prob_backward
-        spread_out = _backend.layer(backend, "reduce").reduce_backward
+        likelihoods, reduction = (_backend.layer(backend, name) for name in ("likelihood", "reduce"))
+        rows, spread_out = likelihoods.log_prob_backward, reduction.reduce_backward
+        at_once = getattr(likelihoods, "bound_backward", None)  # Triton's, where a launch does both
 
         def function(grad_bound, grad_log_likelihood, weights, x, mask, *rest):
             parameters, (term, beta, how, need) = rest[: self.number], rest[self.number :]
             spread = _with_samples(x, parameters)
             axes = term.dim() if need[-1] else 0
-            grad, grad_term = spread_out(
-                grad_bound, grad_log_likelihood, weights, beta, how, *spread[0].shape[:2], axes
+            upstream = grad_bound, grad_log_likelihood, weights
+            found = at_once and at_once(
+                self.likelihood, upstream, x, mask, spread, beta, how, need[:-1], axes
             )
-            grad_x, *grads = rows(self.likelihood, grad, x, mask, *spread, list(need[:-1]))
+            if found is not None:
+                grad_x, *grads, grad_term = found
+            else:
+                grad, grad_term = spread_out(*upstream, beta, how, *spread[0].shape[:2], axes)
+                grad_x, *grads = rows(self.likelihood, grad, x, mask, *spread, list(need[:-1]))
             grads = [g if g is None else g.reshape(p.shape) for g, p in zip(grads, parameters, strict=True)]
             return grad_x, *grads, grad_term if grad_term is None else grad_term.to(term.dtype)
 
