@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_priors(card, shapes, make):
         return fastvae.iwae(x, (mu, logvar), _decoder(weight), k=K, prior=prior, likelihood="bernoulli")
 
     if make in (NormalMixture, DiagonalNormal) or make is PRIORS["vamp"][1]:
-        # Modules, whose parameters are leaves: compared without gradients of their own.
+        # Modules make leaves of their parameters, whose gradients are left out.
         given = [draw(*s, seed=i, scale=0.4) for i, s in enumerate(shapes)]
     else:
         given = [draw(*s, seed=i, scale=0.4).requires_grad_() for i, s in enumerate(shapes)]
@@ -220,6 +221,44 @@ def test_evaluation(card):
     for name in ("log_px", "log_px_stderr", "elbo"):
         torch.testing.assert_close(getattr(card_, name), getattr(cpu, name), rtol=1e-5, atol=1e-5)
     assert abs(card_.nll - cpu.nll) < 1e-5 and len(card) > 0
+
+
+def test_streams_devices_and_threads(card):
+    """Values are those of the CPU wherever they are computed."""
+    inputs = _inputs()
+    generator = torch.Generator().manual_seed(3)
+
+    def gradients(device, generator):
+        x, *leaves = (t.detach().to(device) for t in inputs)
+        mu, logvar, weight = (t.requires_grad_() for t in leaves)
+        bound = fastvae.iwae(
+            x, (mu, logvar), _decoder(weight), k=K, likelihood="bernoulli", generator=generator
+        )
+        return [g.cpu() for g in torch.autograd.grad(bound, (mu, logvar, weight))]
+
+    expected, found, errors = gradients("cpu", generator), [], []
+
+    def on(device, stream):
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                found.append(gradients(device, torch.Generator(device).manual_seed(3)))
+        except BaseException as error:
+            errors.append(error)
+
+    places = [(device, torch.cuda.Stream(device)) for device in ("cuda:0", "cuda:1", "cuda:0")]
+    for place in places:
+        on(*place)
+    threads = [threading.Thread(target=on, args=place) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(found) == 6
+    for grads in found:
+        for e, a in zip(expected, grads, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+    assert {launch.device for launch in card} == {0, 1}
+    assert {launch.stream for launch in card} == {stream.cuda_stream for _, stream in places}
 
 
 def test_a_copy_of_a_model_moves_to_the_card(card):

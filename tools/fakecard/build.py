@@ -65,14 +65,19 @@ def _virtual_environment(folder: Path, torch: str) -> Path:
         return python
     _say(f"installing torch {torch} into {folder}")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    pip = _pip(python)
     # Three `=`: with two, a CPU build of the same version (2.13.0+cpu), where an index has one, wins.
     subprocess.run([*pip, "--no-deps", f"torch==={torch}"], check=True)
     (requirement,) = re.findall(r"^Requires-Dist: (triton==[\w.]+)", _metadata(folder), re.M)
     subprocess.run([*pip, "--no-deps", requirement], check=True)
-    subprocess.run([*pip, *wanted], check=True, stderr=subprocess.DEVNULL)  # it misses NVIDIA's packages
+    # It would warn that NVIDIA's packages, which torch requires, are missing.
+    subprocess.run([*pip, "--no-warn-conflicts", *wanted], check=True)
     stamp.write_text(text)
     return python
+
+
+def _pip(python: Path) -> list[str]:
+    return [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
 
 
 def _pinned(names: tuple[str, ...]) -> list[str]:
@@ -103,8 +108,7 @@ def _headers(folder: Path, python: Path) -> Path:
         unfinished = folder.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         packages = [f"nvidia-cuda-{name}=={version}.*" for name in ("runtime", "crt")]
-        pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-        subprocess.run([*pip, "--no-deps", "--target", unfinished, *packages], check=True)
+        subprocess.run([*_pip(python), "--no-deps", "--target", str(unfinished), *packages], check=True)
         unfinished.rename(folder)
     (include,) = folder.glob("nvidia/*/include")
     return include

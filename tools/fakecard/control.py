@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import LIBRARIES, is_active
 
@@ -224,7 +224,7 @@ def device(run: Callable[[Launch, list[bytes]], object]) -> Iterator[None]:
     """
     errors: list[BaseException] = []
 
-    def call(record, parameters) -> int:
+    def call(record: Any, parameters: Any) -> int:
         try:
             launch = record.contents.launch()
             sizes = parameter_sizes(launch.function or 0)
@@ -267,10 +267,12 @@ def submit(work: Callable[[], object], stream: int) -> None:
     library().fakecard_submit(stream, _run_submitted, number)
 
 
-@_WORK
-def _run_submitted(number: int) -> int:
+def _run_numbered(number: int) -> int:
     _submitted[number]()
     return 0
+
+
+_run_submitted = _WORK(_run_numbered)
 
 
 def is_capturing(stream: int) -> bool:

@@ -53,7 +53,7 @@ def computing() -> Iterator[list[control.Launch]]:
 class Memory(ptx.Memory):
     """Memory of the card; an address outside every allocated block is an error."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__([])
 
     def _region(self, address: np.ndarray, size: int) -> tuple[int, np.ndarray]:
@@ -115,7 +115,7 @@ def _torch_on_the_cpu() -> Iterator[None]:
 
 @functools.cache
 def _overridden() -> tuple[torch._ops.OpOverload, ...]:
-    """Return the ops that torch computes by kernels of its own."""
+    """Return the ops that have a CUDA kernel of torch."""
     names = [*torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"), "aten::copy_"]
     ops = []
     for full in names:
@@ -221,14 +221,21 @@ def _same_memory(t: Tensor) -> Tensor:
     )
 
 
-_generators: dict[int, tuple[torch.Generator, torch.Generator]] = {}
+_generators: dict[int, tuple[torch.Generator, torch.Generator]] = {}  # by the id of the first, which is kept
 
 
 def _generator_of(generator: torch.Generator) -> torch.Generator:
-    """Return the CPU's generator in place of one of the card, with its seed when it was first used."""
+    """Return the CPU's generator in place of one of the card, with the same seed."""
     if generator.device.type != "cuda":
         return generator
-    if id(generator) not in _generators:
-        same = torch.Generator().manual_seed(generator.initial_seed())
-        _generators[id(generator)] = generator, same
-    return _generators[id(generator)][1]
+    known = _generators.get(id(generator))
+    if known is not None and torch.cuda.is_current_stream_capturing():
+        return known[1]
+    # The card's own offset tells whether it was seeded since, which sets it to 0.
+    if known is None or generator.get_offset() == 0:
+        known = _generators[id(generator)] = (
+            generator,
+            torch.Generator().manual_seed(generator.initial_seed()),
+        )
+        generator.set_offset(4)
+    return known[1]

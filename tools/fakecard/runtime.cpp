@@ -39,7 +39,7 @@ constexpr size_t CARD_BYTES = size_t(80) << 30;
 constexpr size_t BLOCK = size_t(2) << 20;
 constexpr const char* CARD = "Fake H100 (no card)";
 
-// What is counted, and can be made to fail. The order is that of control.py.
+// What is counted, and fails on demand. The order is that of control.py.
 enum Kind { RUNTIME, DRIVER, LIBRARY, GRAPH, MALLOC, COPY, SET, KINDS };
 
 struct Record {  // of a launch, copy or set; the layout is that of control.py
