@@ -433,6 +433,38 @@ def test_reduce_reads_once_for_the_sums_and_once_for_the_weights():
     assert launch.stores.keys() == {"p_grad", "p_grad_kl"}
 
 
+@pytest.mark.parametrize("k, b, launches", [(3, 50, 1), (60, 300, 2)])
+def test_the_bound_of_a_batch_is_summed_where_it_is_computed(k, b, launches):
+    """A small batch by one program; a large one leaves a sum for each program."""
+    (likelihood, ratio), how = tensors(2, k, b), BoundReduction(1.0, "log_mean_exp", "mean")
+    found = run(lambda: reduce.reduce(likelihood, ratio, None, how, False))
+    assert len(found) == launches
+    assert_least(found[0], {"p_log_likelihood": 2, "p_term": 2})
+    programs = found[0].grid[0]
+    assert (programs == 1) == (launches == 1)
+    assert found[0].bytes() == 5 * likelihood.nbytes + 4 * programs
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_a_bound_is_one_launch(weighted):
+    """It reads what the likelihood's gradient reads, weights in place of the rows' gradients."""
+    k, b, size = 5, 7, 96
+    logits, x, mean = *tensors(1, k, b, size), *tensors(1, b, size), *tensors(1)
+    (weights,) = tensors(1, k, b)
+    how = BoundReduction(-1.0, "log_mean_exp" if weighted else "mean", "mean")
+    upstream = mean, None, weights if weighted else None
+    axes = 2 if weighted else 1
+    (launch,) = run(
+        lambda: likelihood.bound_backward(
+            DECLARED["bernoulli"], upstream, x, None, [logits], None, how, [False, True], axes
+        )
+    )
+    assert launch.kernel == "log_prob_flat_backward_kernel"
+    for name in ("p_grad_p0", "p_grad_term" if weighted else "p_grad_kl"):
+        assert (launch.counts(launch.stores, name) == 1).all(), name
+    assert (launch.counts(launch.loads, "p_p0") == 1).all()
+
+
 @triton.jit
 def reads_twice(p_x, p_y, N, BLOCK: tl.constexpr):
     """Kernel that the checker must flag: a mean, then the difference from it, each from memory."""

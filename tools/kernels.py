@@ -112,6 +112,27 @@ def of_likelihood(engine, declared, dtype, size, shape, needs, data=torch.float3
             f"{name}_backward {label}, need={need}",
             lambda n=need: engine.log_prob_backward(declared, grad, x, mask, *given, n),
         )
+    if shape == size and False in needs:
+        yield from of_bounds(engine, declared, grad, x, mask, given, label)
+
+
+def of_bounds(engine, declared, grad, x, mask, given, label) -> Iterator:
+    """Yield the launches of a likelihood's gradient of a bound, with the term's."""
+    from fastvae.ops.reduce import BoundReduction
+
+    how, mean, bound = ("log_mean_exp", "mean"), grad.new_empty(()), grad.new_empty(grad.shape[1])
+    need = [False] + [True] * len(given)
+    for over, upstream, weights, beta, axes in (
+        (how[0], mean, grad, None, 2),
+        (how[1], bound, None, bound, 1),
+    ):
+        reduction = BoundReduction(-0.5 if beta is None else 1.0, over, "mean" if axes == 2 else "none")
+        yield (
+            f"{declared.name}_bound_backward {label}, {over}",
+            lambda u=upstream, w=weights, b=beta, h=reduction, a=axes: engine.bound_backward(
+                declared, (u, None, w), x, mask, given, b, h, need, a
+            ),
+        )
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -227,10 +248,10 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             likelihood, row = tensor(k, b, dtype=dtype), tensor(b, dtype=dtype)
             beta = None if k == 50 else row
             for how, term, weights in (
-                (BoundReduction(-1.0, "mean", "none"), row, None),
+                (BoundReduction(-1.0, "mean", "none" if k == 50 else "mean"), row, None),
                 (BoundReduction(1.0, "log_mean_exp", "none"), likelihood, likelihood),
             ):
-                label = f"{str(dtype)[6:]} [{k}, {b}], {how.over}"
+                label = f"{str(dtype)[6:]} [{k}, {b}], {how.over}, {how.reduction}"
                 yield (
                     f"reduce {label}",
                     lambda v=likelihood, t=term, b=beta, h=how: reduce.reduce(v, t, b, h, True),

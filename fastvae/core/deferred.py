@@ -28,7 +28,6 @@ class LastLayer(NamedTuple):
         event: shape of an output's row; a layer with n times as many features has n outputs, concatenated.
             None: the shape of an example of x, or one flat output per layer if x is not known.
         versions: in-place version of each tensor at the time of the call.
-        requested: True if the user asked not to store the output, by a :class:`~fastvae.FusedHead`.
     """
 
     input: Tensor
@@ -36,7 +35,6 @@ class LastLayer(NamedTuple):
     biases: tuple[Tensor | None, ...]
     event: tuple[int, ...] | None
     versions: tuple[int, ...]
-    requested: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -44,13 +42,9 @@ class LastLayer(NamedTuple):
 
 
 def deferred_layer(
-    h: Tensor,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    event: tuple[int, ...] | None,
-    requested: bool,
+    h: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], event: tuple[int, ...] | None
 ) -> LastLayer:
-    layer = LastLayer(h, weights, biases, event, (), requested)
+    layer = LastLayer(h, weights, biases, event, ())
     return layer._replace(versions=tuple([_version(t) for t in layer.tensors]))
 
 

@@ -45,7 +45,7 @@ def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
     layer: Any = decoder
     if not _is_product_alone(value, layer.weight, layer.bias):
         return layer(value)
-    return deferred_layer(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]), False)
+    return deferred_layer(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]))
 
 
 def may_end_in_a_layer(decoder: Any) -> bool:
@@ -181,13 +181,13 @@ class FusedHead(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
             weights = tuple([keep(layer.weight).to(dtype) for layer in layers])
             biases = tuple([None if layer.bias is None else keep(layer.bias).to(dtype) for layer in layers])
-            return deferred_layer(keep(h).to(dtype), weights, biases, self.event, True)
+            return deferred_layer(keep(h).to(dtype), weights, biases, self.event)
         for t in (t for layer in layers for t in (layer.weight, layer.bias) if t is not None):
             if t.dtype != h.dtype:
                 raise TypeError(f"h has dtype {h.dtype} and a last layer {t.dtype}; cast one of them")
         weights = tuple([keep(layer.weight) for layer in layers])
         biases = tuple([None if layer.bias is None else keep(layer.bias) for layer in layers])
-        return deferred_layer(keep(h), weights, biases, self.event, True)
+        return deferred_layer(keep(h), weights, biases, self.event)
 
     def extra_repr(self) -> str:
         return "" if self.event is None else f"event={self.event}"

@@ -241,10 +241,7 @@ class Declared(Likelihood):
             return None
         h = layer.input
         fits = self._event(layer, x) == tuple(x.shape[1:]) and len(h) == samples * len(x)
-        if not fits or not on_same_device(x.device, h.device):
-            return None
-        # On a GPU it saves memory, whatever it costs.
-        if not (pays(len(h), size, h) or (layer.requested and not h.is_cpu)):
+        if not fits or not on_same_device(x.device, h.device) or not pays(len(h), size, h):
             return None
         if any([type(t) not in (Tensor, nn.Parameter) or t.dtype != h.dtype for t in layer.tensors]):
             return None

@@ -58,10 +58,9 @@ with contextlib.suppress(RuntimeError):  # without the extension
 def pays(rows: int, size: int, h: Tensor) -> bool:
     """Return True if not storing an output [rows, size] is at least as fast as storing it."""
     if h.device.type != "cpu":
-        # In float32 without TF32 the kernel's products use no matrix units, and there is one more of them.
-        return h.dtype.itemsize == 2 or (
-            h.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        )
+        # Fused on request alone, by a FusedHead, to save memory. In float32 without TF32 that takes longer: the
+        # products use no matrix units, and there is one more of them.
+        return True
     if h.dtype.itemsize == 2:
         return False  # torch's products in half precision are faster than the blocks' in float32
     inner = h.shape[1]
