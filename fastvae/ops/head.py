@@ -58,7 +58,7 @@ with contextlib.suppress(RuntimeError):  # without the extension
 def pays(rows: int, size: int, h: Tensor) -> bool:
     """Return True if not storing an output [rows, size] is at least as fast as storing it."""
     if h.device.type != "cpu":
-        # Fused on request alone, by a FusedHead, to save memory. In float32 without TF32 that takes longer: the
+        # Fused on request alone, by a FusedHead, to save memory. In float32 without TF32 it takes longer: the
         # products use no matrix units, and there is one more of them.
         return True
     if h.dtype.itemsize == 2:
