@@ -203,6 +203,22 @@ def test_recorded_results_can_be_read():
         assert not [r for r in rows if r["wrong"] and r["implementation"] == OURS]
 
 
+def test_the_front_end_is_timed_by_the_given_clock():
+    """Of a round, the calls alone are timed, and the link's time is subtracted."""
+    from benchmarks import frontend
+
+    now = [0]
+
+    def taking(microseconds):
+        def run():
+            now[0] += 1000 * microseconds
+
+        return run
+
+    runs = {"link": taking(2), "a": taking(7)}
+    assert frontend.measure(runs, 3, 4, taking(0), lambda: now[0]) == {"a": [5.0] * 3}
+
+
 def test_the_picture_times_every_case(monkeypatch):
     """Every case is compiled and timed, here by stand-ins."""
     from benchmarks import frontend, picture

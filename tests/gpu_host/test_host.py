@@ -73,6 +73,15 @@ def test_launches_of_an_objective(case, most, likelihood):
     assert len(names) <= most, names
 
 
+def test_a_step_of_the_benchmark(kernels):
+    step = frontend.steps((1, B, (X,), D), "cuda")["fastvae"]
+    step()
+    with control.launches() as found:
+        step()
+    assert "rsample_kl_kernel" in _kernels(found)
+    assert sum(launch.kind == "library" for launch in found) >= 8  # products
+
+
 def test_a_repeated_call_allocates_no_memory_and_copies_nothing(kernels):
     inputs = _inputs()
     for _ in range(2):
