@@ -1062,7 +1062,7 @@ for dtype in (torch.bfloat16, torch.float32):
         h, x = tensor(3200, 200, dtype=dtype), tensor(64, 784)
         weight, bias = tensor(784, 200, dtype=dtype), tensor(784, dtype=dtype)
         layers = SimpleNamespace(weights=(weight,), biases=(bias,), constants=())
-        ((kernel, arguments, options, _),) = recorded(
+        (kernel, arguments, options, _), *_ = recorded(
             lambda: head.linear_log_prob(DECLARED["bernoulli"], x, h, layers)
         )
         for target, kind in (("sm_80", "ptx"), ("sm_90", "ptx"), ("sm_100", "ptx"), ("gfx942", "amdgcn")):
