@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, is_dense
+from . import backend as _backend
+from .checks import FLOATING, checks_data, is_dense
 from .torch_private import (
     dispatch_mode_depth,
     forward_ad_is_active,
@@ -33,6 +34,18 @@ def in_eager_mode() -> bool:
         or tracing_state() is not None
         or forward_ad_is_active()
     )
+
+
+def is_native(x: Any) -> bool:
+    """Return True for data on the CPU or on a GPU if the native backend takes them unread.
+
+    With FASTVAE_CHECK the values of x on a GPU are read, off the fast path.
+    """
+    if not isinstance(x, Tensor):
+        return False
+    if x.is_cpu:
+        return _backend.on_cpu() == "native"
+    return x.is_cuda and _backend.is_native_on_gpu(x.device) and not checks_data()
 
 
 def is_usual(t: Any, gpu: torch.device | None = None) -> bool:

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import backend as _backend
-from ..core.checks import checks_data
-from ..core.fast_path import in_eager_mode, is_usual
+from ..core.fast_path import in_eager_mode, is_native, is_usual
 from ..core.hints import noted
 from ..core.nested import note_of_call
 from ..distributions import STANDARD, DiagonalNormal, Distribution, StandardNormal, diagonal
@@ -62,7 +60,7 @@ def usual_bound(
         return None
     if prior is not None and not (isinstance(prior, Distribution) and is_family(prior, StandardNormal)):
         return None
-    pair = _pair(x, q) if in_eager_mode() and _is_native(x) else None
+    pair = _pair(x, q) if in_eager_mode() and is_native(x) else None
     if pair is None or not callable(decoder) or k > 2**32:
         return None
     if x.requires_grad and not known.differentiable:
@@ -83,18 +81,6 @@ def usual_bound(
     if x.dim() > 2:
         x, parameters = x.reshape(len(x), -1), tuple([_rows(p) for p in parameters])
     return direct_reduce(known.name, x, parameters, term, how)
-
-
-def _is_native(x: Any) -> bool:
-    """Return True for data on the CPU or on a GPU if the native backend takes them unread.
-
-    With FASTVAE_CHECK the values of x on a GPU are read, which the general path does.
-    """
-    if not isinstance(x, Tensor):
-        return False
-    if x.is_cpu:
-        return _backend.on_cpu() == "native"
-    return x.is_cuda and _backend.is_native_on_gpu(x.device) and not checks_data()
 
 
 def _pair(x: Any, q: Any) -> tuple[Tensor, Tensor] | None:

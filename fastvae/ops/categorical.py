@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core import backend as _backend
 from ..core.checks import check_data, check_same_device, check_tensor, may_look, shape_of
-from ..core.fast_path import in_eager_mode, is_usual
+from ..core.fast_path import in_eager_mode, is_native, is_usual
 from ..core.torch_private import is_functorch_wrapped
 from ._contract import Contract
 from .likelihood import result_dtype
@@ -205,20 +205,16 @@ def _is_column(x: Any, logits: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and is_usual(logits)
+        and in_eager_mode()
+        and is_native(x)
+        and is_usual(logits, None if x.is_cpu else x.device)
         and x.dtype is torch.int64
-        and x.is_cpu
         and x.layout is torch.strided
         and x.dim() == 1
         and logits.dim() == 2
         and len(x) == len(logits)
-        and in_eager_mode()
         and not is_functorch_wrapped(x)
-        and _backend.on_cpu() == "native"
     )
-
-
-_CPU = torch.device("cpu")
 
 
 def check_axis(axis: int) -> None:
@@ -252,7 +248,8 @@ def categorical_log_prob(x: Tensor, logits: Tensor, ignore_index: int = -100, *,
     """
     if _is_column(x, logits):
         check_axis(axis)
-        begins, wanted = _table((0, logits.shape[1]), _CPU), logits.requires_grad and torch.is_grad_enabled()
+        begins = _table((0, logits.shape[1]), logits.device)
+        wanted = logits.requires_grad and torch.is_grad_enabled()
         return _categorical_log_prob.direct(wanted, x.unsqueeze(1), begins, logits, True, ignore_index)[0]
     x = check_data(x, Classes)
     check_axis(axis)

@@ -32,7 +32,9 @@ from ..core.checks import (
     checks_data,
     shape_of,
 )
+from ..core.fast_path import in_eager_mode, is_native, is_usual
 from ..core.nested import as_mask
+from ..core.torch_private import any_requires_grad
 from ._contract import Contract
 from .op import Op, accumulator, cast, in_shape
 
@@ -317,6 +319,9 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
             except TypeError as error:
                 takes = ", ".join(signature.parameters)
                 raise TypeError(f"{op.name}() {error}; it takes ({takes})") from None
+        if mask is None and _are_alike(args) and (likelihood.differentiable or not args[0].requires_grad):
+            # Small tensors, whose validation one by one would take longer than the kernel.
+            return op.direct(torch.is_grad_enabled() and any_requires_grad(*args), args[0], None, *args[1:])
         x, full, *rest = args
         x = check_data(x, likelihood)
         _check_event(x, first, full)
@@ -335,6 +340,15 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
     )
     PUBLIC[likelihood.name] = log_prob
     return log_prob
+
+
+def _are_alike(tensors: Sequence[Any]) -> bool:
+    """Return True if the native backend takes x and the parameters as they are, all of one shape [B, ...]."""
+    x = tensors[0]
+    if torch.compiler.is_compiling() or not (in_eager_mode() and is_native(x)) or not x.dim():
+        return False
+    shape, gpu = x.shape, None if x.is_cpu else x.device
+    return all([is_usual(t, gpu) and t.shape == shape for t in tensors])
 
 
 _DOCUMENTATION = """Compute log p(x|z) of a {name} likelihood, summed over the event.
