@@ -9,7 +9,7 @@ route forward too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from torch.nn.functional import linear
 from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, strides
 from .elementary import log1p
 from .launching import Call, Result, fixed, planned
-from .likelihood import log_prob, log_prob_backward
+from .likelihood import bound_backward, log_prob, log_prob_backward
 from .likelihood_parameters import MAX_PARAMETERS, is_heavy, scalar_functions
+from .reduce import reduce, reduce_backward
 
 # Rows of a tile; its outputs in float32, and in half precision, with several products or with DATA; inputs of
 # the layer per step in float32 and in half precision. None of these spills on four architectures.
@@ -244,44 +245,102 @@ def linear_log_prob_backward(
 
     Sums over rows are accumulated in float32, or float64.
     """
-    walk, count = _Walk(x, h, layers), len(layers.weights)
-    like = (h, *layers.weights, *layers.biases, *layers.constants)
-    sums = [
-        torch.zeros_like(t, dtype=walk.dtype) if n and t is not None else None
-        for t, n in zip(like, need, strict=True)
-    ]
-    to_h = None if sums[0] is None else sums[0].view(walk.rows.shape)
-    to_weights, to_biases, to_parameters = (
-        sums[1 : 1 + count],
-        sums[1 + count : 1 + 2 * count],
-        sums[1 + 2 * count :],
-    )
-    need_block = [w is not None or b is not None for w, b in zip(to_weights, to_biases, strict=True)]
-    need_block = [
-        False,
-        *(to_h is not None or a for a in need_block),
-        *(t is not None for t in to_parameters),
-    ]
+    walk = _Walk(x, h, layers)
+    sums = _Sums(walk, h, layers, need)
     for block in walk.blocks():
         outputs, wide = walk.outputs(block)
         upstream = grad[block].contiguous()
         _, *grads = log_prob_backward(
-            likelihood, upstream, x[block[1]], None, *outputs, *walk.parameters, need_block
+            likelihood, upstream, x[block[1]], None, *outputs, *walk.parameters, sums.need
         )
+        sums.add(block, wide, grads)
+    return sums.results()
+
+
+def reduce_linear(
+    likelihood: Any,
+    x: Tensor,
+    h: Tensor,
+    layers: Any,
+    term: Tensor | None,
+    beta: Tensor | None,
+    how: Any,
+    need: tuple[bool, ...],
+) -> tuple[Any, ...]:
+    """Return the bound, the weights, and the gradients of (h, *weights, *biases, *constants).
+
+    The gradients are those for an upstream gradient of 1. A block has all samples of some rows, so that its
+    weights are known while its output lies in the cache: three products, where a backward pass of its own
+    would compute the output again. (Hsu et al., Liger Kernel, 2024.)
+    """
+    walk = _Walk(x, h, layers)
+    sums, (samples, batch) = _Sums(walk, h, layers, need), walk.rows.shape[:2]
+    every = how._replace(reduction="none")
+    bound = walk.rows.new_empty(batch, dtype=walk.dtype)
+    weights = walk.rows.new_empty((samples, batch), dtype=walk.dtype) if how.over == "log_mean_exp" else None
+    arrives = bound.new_full((), 1 / batch if how.reduction == "mean" else 1.0)
+    for block in walk.blocks(whole=True):
+        rows = block[1]
+        outputs, wide = walk.outputs(block)
+        parameters, some = (*outputs, *walk.parameters), x[rows]
+        own_term = term if term is None else term[..., rows]
+        own_beta = beta[rows] if beta is not None and beta.dim() else beta
+        found = log_prob(likelihood, some, None, *parameters)
+        bound[rows], _, own = reduce(found, own_term, own_beta, every, False)
+        if weights is not None:
+            weights[:, rows] = own
+        grads = bound_backward(
+            likelihood, (arrives, None, own), some, None, parameters, own_beta, every, sums.need, 0
+        )
+        if grads is None:
+            size = rows.stop - rows.start
+            upstream, _ = reduce_backward(arrives.expand(size), None, own, own_beta, every, samples, size, 0)
+            grads = log_prob_backward(likelihood, upstream, some, None, *parameters, sums.need)
+        sums.add(block, wide, grads[1 : 1 + len(parameters)])
+    total = bound.mean() if how.reduction == "mean" else bound.sum()
+    return total, weights, *sums.results()
+
+
+class _Sums:
+    """Gradients of (h, *weights, *biases, *constants), accumulated over blocks."""
+
+    def __init__(self, walk: _Walk, h: Tensor, layers: Any, need: tuple[bool, ...]):
+        count = len(layers.weights)
+        self.walk, self.like = walk, (h, *layers.weights, *layers.biases, *layers.constants)
+        self.sums = [
+            torch.zeros_like(t, dtype=walk.dtype) if n and t is not None else None
+            for t, n in zip(self.like, need, strict=True)
+        ]
+        self.to_h = None if self.sums[0] is None else self.sums[0].view(walk.rows.shape)
+        self.to_weights, self.to_biases = self.sums[1 : 1 + count], self.sums[1 + count : 1 + 2 * count]
+        self.to_parameters = self.sums[1 + 2 * count :]
+        # Gradients of (x, *outputs, *constants) that a block needs.
+        pairs = zip(self.to_weights, self.to_biases, strict=True)
+        self.need = [
+            False,
+            *(self.to_h is not None or w is not None or b is not None for w, b in pairs),
+            *(t is not None for t in self.to_parameters),
+        ]
+
+    def add(self, block: tuple[slice, slice], wide: Tensor, grads: Sequence[Tensor | None]) -> None:
+        """Add a block's part, from the gradients of its outputs and constants."""
+        count = len(self.to_weights)
         for j, g in enumerate(grads[:count]):
             if g is None:
                 continue
             flat = g.flatten(0, 1)
-            if to_h is not None:
-                to_h[block] += (flat @ walk.layers[j][0]).view(to_h[block].shape)
-            if to_weights[j] is not None:
-                to_weights[j].addmm_(flat.mT, wide)
-            if to_biases[j] is not None:
-                to_biases[j] += flat.sum(0)
-        for total, g in zip(to_parameters, grads[count:], strict=True):
+            if self.to_h is not None:
+                self.to_h[block] += (flat @ self.walk.layers[j][0]).view(self.to_h[block].shape)
+            if self.to_weights[j] is not None:
+                self.to_weights[j].addmm_(flat.mT, wide)
+            if self.to_biases[j] is not None:
+                self.to_biases[j] += flat.sum(0)
+        for total, g in zip(self.to_parameters, grads[count:], strict=True):
             if total is not None:
                 total += g.reshape(total.shape)
-    return tuple(None if r is None else r.to(t.dtype) for r, t in zip(sums, like, strict=True))
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        return tuple(None if r is None else r.to(t.dtype) for r, t in zip(self.sums, self.like, strict=True))
 
 
 class _Walk:
@@ -303,12 +362,15 @@ class _Walk:
         wide = rows.flatten(0, 1).to(self.dtype)
         return [linear(wide, w, b).unflatten(0, rows.shape[:2]) for w, b in self.layers], wide
 
-    def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """Yield slices of samples and of the batch with about BLOCK output elements."""
+    def blocks(self, whole: bool = False) -> Iterator[tuple[slice, slice]]:
+        """Yield slices of samples and of the batch with about BLOCK output elements.
+
+        Blocks are ``whole`` if they have all samples of their rows, however many these are.
+        """
         samples, batch, _ = self.rows.shape
-        limit = max(1, BLOCK // max(1, self.width))
+        limit = max(1, BLOCK // max(1, self.width * (samples if whole else 1)))
         block_rows = max(1, min(batch, limit))
-        block_samples = max(1, limit // block_rows)
+        block_samples = max(1, samples if whole else limit // block_rows)
         for b in range(0, batch, block_rows):
             for k in range(0, samples, block_samples):
-                yield slice(k, k + block_samples), slice(b, b + block_rows)
+                yield slice(k, k + block_samples), slice(b, min(b + block_rows, batch))

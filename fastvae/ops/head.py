@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,19 @@ class _Layers:
         if bias is not None:
             self.biases = bias.chunk(self.products) if self.products > 1 else (bias,)
 
+    def each(self, need: Sequence[bool]) -> tuple[bool, ...]:
+        """Return the needs of (h, weight, bias, constants) as those of (h, *weights, *biases, *constants)."""
+        need_h, need_weight, need_bias, *need_constants = need
+        each = (need_h, *[need_weight] * self.products, *[need_bias] * self.products)
+        return *each, *need_constants[: len(self.constants)]
+
+    def together(self, grads: Sequence[Tensor | None], need: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Return gradients of (h, *weights, *biases, *constants) as those of (h, weight, bias, constants)."""
+        n, (to_h, *others) = self.products, grads
+        to_weight = torch.cat(others[:n]) if need[1] else None  # type: ignore[arg-type]
+        to_bias = torch.cat(others[n : 2 * n]) if need[2] else None  # type: ignore[arg-type]
+        return to_h, to_weight, to_bias, *[*others[2 * n :], None, None][: _GRADIENTS - 3]
+
 
 def _refuse_outside(likelihood: str, x: Tensor) -> None:
     """Raise ValueError for x out of range, found by the C++ or not."""
@@ -131,15 +145,8 @@ class _LinearLogProbBackward(Op):
         def backward(grad, *args):
             x, h, *rest, likelihood, need = args
             layers = _Layers(x, *rest)
-            need_h, need_weight, need_bias, *need_constants = need
-            each = (need_h, *[need_weight] * layers.products, *[need_bias] * layers.products)
-            wanted = (*each, *need_constants[: len(layers.constants)])
-            to_h, *grads = function(DECLARED[likelihood], grad, x, h, layers, wanted)
-            n = layers.products
-            to_weight = torch.cat(grads[:n]) if need_weight else None
-            to_bias = torch.cat(grads[n : 2 * n]) if need_bias else None
-            constants = [*grads[2 * n :], None, None][: _GRADIENTS - 3]
-            return to_h, to_weight, to_bias, *constants
+            grads = function(DECLARED[likelihood], grad, x, h, layers, layers.each(need))
+            return layers.together(grads, need)
 
         return backward
 
@@ -287,7 +294,7 @@ class _ReduceLinear(Op):
 
     @staticmethod
     def _at_once(x, h, how, terms, need):
-        return any(need) and how.reduction != "none" and not terms and h.is_cpu and x.shape[0] >= FEWEST_ROWS
+        return any(need) and how.reduction != "none" and not terms and x.shape[0] >= FEWEST_ROWS
 
     def _not_native(self, x, *rest):
         """Handle calls that the C++ does not: an empty product, no BLAS, or x out of range, which raises."""
@@ -298,10 +305,20 @@ class _ReduceLinear(Op):
         rows = _linear_log_prob.composed(backend)
         rows_backward = _linear_log_prob.gradient.composed(backend)
         layer = _backend.layer(backend, "reduce")
+        in_blocks = getattr(_backend.layer(backend, "head"), "reduce_linear", None)  # Triton's
 
         def function(*args):
             *tensors, term, beta, how, likelihood, terms, need = args
             x, h = tensors[:2]
+            if in_blocks and how.is_plain and h.numel() and self._at_once(x, h, how, terms, need):
+                dtype = result_dtype(*(t for t in tensors if t is not None))
+                # Gradients keep full precision here: they are rounded to half once, after scaling.
+                h, *rest = [t if t is None else cast(t, dtype) for t in tensors[1:]]
+                layers = _Layers(x, *rest)
+                bound, weights, *grads = in_blocks(
+                    DECLARED[likelihood], x, h, layers, term, beta, how, layers.each(need)
+                )
+                return bound, None, weights, *layers.together(grads, need)
             bound, mean, weights = finish(backend, how)(rows(*tensors, likelihood), term, beta, how, terms)
             grads = [None] * _GRADIENTS
             if self._at_once(x, h, how, terms, need):

@@ -340,3 +340,24 @@ def test_the_last_layer_is_fused_on_request_alone():
 
     assert not launched(layer)
     assert launched(fastvae.FusedHead(nn.Identity(), layer))
+
+
+@pytest.mark.parametrize("objective", ["elbo", "iwae"])
+def test_a_fused_last_layer_makes_three_products(objective):
+    """Its output, and the gradients of its input and weight: all in the forward pass, none again."""
+    rows = 4 * B  # from a few rows on
+    x, mu, logvar = (torch.zeros(rows, n, device="cuda") for n in (X, D, D))
+    layer = nn.Linear(D, X, device="cuda")
+    mu.requires_grad_()
+    options = {} if objective == "elbo" else {"k": K}
+
+    def launched(backward):
+        with control.launches() as found:
+            bound = getattr(fastvae, objective)(
+                x, (mu, logvar), fastvae.FusedHead(nn.Identity(), layer), likelihood="bernoulli", **options
+            )
+            if backward:
+                torch.autograd.grad(bound, (mu, layer.weight, layer.bias))
+        return sum(launch.kind == "library" for launch in found)
+
+    assert launched(False) == launched(True) == 3
