@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +59,7 @@ with contextlib.suppress(RuntimeError):  # without the extension
 def pays(rows: int, size: int, h: Tensor) -> bool:
     """Return True if not storing an output [rows, size] is at least as fast as storing it."""
     if h.device.type != "cpu":
-        # Fused on request alone, by a FusedHead, to save memory. In float32 without TF32 it takes longer: the
-        # products use no matrix units, and there is one more of them.
+        # Fused on request alone, by a FusedHead, which saves memory.
         return True
     if h.dtype.itemsize == 2:
         return False  # torch's products in half precision are faster than the blocks' in float32
@@ -313,6 +312,7 @@ class _ReduceLinear(Op):
             if in_blocks and how.is_plain and h.numel() and self._at_once(x, h, how, terms, need):
                 dtype = result_dtype(*(t for t in tensors if t is not None))
                 # Gradients keep full precision here: they are rounded to half once, after scaling.
+                rest: Any
                 h, *rest = [t if t is None else cast(t, dtype) for t in tensors[1:]]
                 layers = _Layers(x, *rest)
                 bound, weights, *grads = in_blocks(
