@@ -97,7 +97,8 @@ class FusedHead(nn.Module):
     and likelihood accepts in place of the parameters: values and gradients equal those of the layers'
     outputs, to rounding. For K·B samples of a large event these outputs are the largest tensors of a training
     step. Where the likelihood has no fused op, and with ``mask=`` or ``size_factor=``, they are computed as
-    usual. On a GPU the sum or mean of a batch's bounds takes the three products of stored outputs, others four.
+    usual. On a GPU the sum or mean of a batch's bounds takes three products, as with outputs that are stored;
+    other reductions take four.
 
     Args:
         body: module z [N, D] -> h [N, H], which is called.
