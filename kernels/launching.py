@@ -233,7 +233,9 @@ def _summed(
     """Sum the parts of split results in a fixed order, several by one launch."""
     split = [i for i, r in enumerate(results) if r is not None and r.parts > 1]
     parts, size = max(results[i].parts for i in split), max(math.prod(results[i].shape) for i in split)
-    if len(split) <= MAX_SUMS and parts <= MAX_PARTS and size < 2**31 - SUM_BLOCK:
+    if len(split) == 1 and parts <= MAX_PARTS and size < 2**31 - SUM_BLOCK:
+        sums = _sum((written[split[0]],), (results[split[0]],))
+    elif len(split) <= MAX_SUMS and parts <= MAX_PARTS and size < 2**31 - SUM_BLOCK:
         none = (None,) * (MAX_SUMS - len(split))
         sums = _sum_parts((*(written[i] for i in split), *none), (tuple(results[i] for i in split),))
     else:
@@ -252,6 +254,34 @@ def _sum_one(p_parts, p_out, parts, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr)
         mask = (o_part < parts) & (o_n < n)[None, :]
         b_sum += tl.sum(tl.load(p_parts + o_part * n + o_n[None, :], mask=mask, other=0.0), axis=0)
     store(p_out, o_n, b_sum, o_n < n)
+
+
+@triton.jit(do_not_specialize=["parts", "n"])
+def sum_kernel(
+    p_parts,  # [parts, n] contiguous
+    p_out,  # [n] out, their sum
+    parts,
+    n,
+    DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,  # unit of n
+    BLOCK: tl.constexpr,
+):
+    """Sum the parts of a tensor; one program per block of it."""
+    _sum_one(p_parts, p_out, parts, n * ALIGN, DTYPE, BLOCK)
+
+
+@planned
+def _sum(p_parts, result) -> Call:
+    size = math.prod(result.shape)
+    align = math.gcd(4, size)
+    return Call(
+        sum_kernel,
+        (cdiv(size, SUM_BLOCK),),
+        (Result(result.shape, result.dtype),),
+        (result.parts, size // align),
+        {"DTYPE": triton_dtype(accumulator(p_parts)), "ALIGN": align, "BLOCK": SUM_BLOCK},
+        LAUNCH["logsumexp"].warps(torch.float32),
+    )
 
 
 @triton.jit(do_not_specialize=["parts_0", "parts_1", "parts_2", "parts_3"])

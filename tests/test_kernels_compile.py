@@ -147,6 +147,8 @@ OF_A_ROW = {
     # Of a batch, whose size is not known to the compiler: masked one by one.
     *(("aggregate_kernel", "p_constant"), ("aggregate_shares_kernel", "p_constant")),
     *(("aggregate_rows_kernel", "p_share"), ("aggregate_components_kernel", "p_share")),
+    # Of a row: a bound's gradient, its weights, and the gradient of its term.
+    *(("log_prob_flat_backward_kernel", f"p_{name}") for name in ("weights", "beta", "grad_term", "grad_kl")),
     # Of a position: its class, the logit of that class, and its log-sum.
     *(("classes_kernel", name) for name in ("p_x", "p_a", "p_normaliser")),
     *(("classes_backward_kernel", name) for name in ("p_x", "p_normaliser")),
