@@ -138,7 +138,7 @@ SUMS = {
 PRODUCTS = ("linear_log_prob_kernel", "rsample_tril_kernel", "rsample_tril_backward_kernel")
 FEW_ROWS = "[50, 4, 32]"
 # Likelihoods with gamma functions, or with four exponentials.
-HEAVY = ("negative_binomial", "beta_log_prob", "discretized_logistic")
+HEAVY = ("negative_binomial", "beta_log_prob", "beta_bound", "discretized_logistic")
 # One number per row, read by all lanes of the row at once; the stride is the row's length.
 OF_A_ROW = {
     *(("mixture_kernel", "p_z"), ("mixture_shares_kernel", "p_z")),
