@@ -194,6 +194,8 @@ def narrow(reports):
         and not (FEW_COMPONENTS in r.launch and r.kernel in ("prepare_kernel", "mixture_components_kernel"))
         # In a wavefront of 64 each thread has two of 128 components, or a row of two dimensions.
         and not (r.target == "gfx942" and r.kernel in FEW_LANES and r.widths.get(name) == 8)
+        # The parts of one number, a batch's bound.
+        and not (r.kernel == "sum_kernel" and r.launch.startswith("reduce "))
         # Bound by arithmetic, with two elements per thread.
         and not any(name in r.launch for name in HEAVY)
     ]
