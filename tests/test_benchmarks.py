@@ -198,7 +198,9 @@ def test_recorded_results_can_be_read():
         rows = report.read_csv(path)
         # Columns may have been added since.
         assert (
-            rows and {"clock"} >= set(report.COLUMNS) - set(rows[0]) and set(rows[0]) <= set(report.COLUMNS)
+            rows
+            and {"clock", "bits"} >= set(report.COLUMNS) - set(rows[0])
+            and set(rows[0]) <= set(report.COLUMNS)
         )
         assert not [r for r in rows if r["wrong"] and r["implementation"] == OURS]
 
