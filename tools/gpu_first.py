@@ -22,7 +22,7 @@ from .device import DeviceLost
 # Groups of the rows, in order, and the headings of their tables.
 PARAMETERS, FRONT_END, GRAPHED, LAST_LAYER = "parameters", "front end", "fastvae.graphed", "last layer"
 TABLES = {
-    PARAMETERS: "launch parameters of the likelihoods, the default (fastvae) and others, µs, × of it",
+    PARAMETERS: "launch parameters, the default (fastvae) and others, µs, × of it; same bits unless noted",
     FRONT_END: "an objective, forward+backward, without its decoder, µs per call, × of fastvae's",
     GRAPHED: "a training step by fastvae.graphed (fastvae), and otherwise, µs, × of it",
     LAST_LAYER: "last layer and likelihood, forward+backward, fused (fastvae) and not, µs, × of it (MiB)",
@@ -146,7 +146,7 @@ def last_layer(precision: str, size: tuple[int, ...], place: Place) -> Iterator[
     try:
         k, b, inner, outputs = size
         work = head.head(k, b, inner, outputs, {}, replace(place, versions={}))
-        yield replace(work, group=LAST_LAYER, case=f"{work.case}, {precision}")
+        yield replace(work, group=LAST_LAYER, case=f"{work.case}{', TF32' * (precision == 'high')}")
     finally:
         torch.set_float32_matmul_precision(before)
 
