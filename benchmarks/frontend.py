@@ -23,7 +23,7 @@ from torch.nn import functional
 
 import fastvae
 
-from .measure import COMPILE, Host, Place, keep_memory
+from .measure import COMPILE, EMPTY, FALLBACK, HOST, OURS, Host, Place, keep_memory
 
 
 class Case(NamedTuple):
@@ -156,23 +156,33 @@ def bare(i: Inputs) -> Callable[[], object]:
     return run
 
 
-OURS, COMPILED = "fastvae", "fastvae, compiled"
-COLUMNS = (OURS, COMPILED, "eager", "torch.compile", "torch.compile, fallback_random", "empty nodes")
+COMPILED = "fastvae, compiled"
+COLUMNS = (OURS, COMPILED, "eager", COMPILE, FALLBACK, EMPTY)
 
 
 def implementations(
-    case: Case, likelihood: str, i: Inputs, compiled: bool
+    case: Case,
+    likelihood: str,
+    i: Inputs,
+    compiled: bool,
+    compile: Callable[..., Callable[..., Tensor]] = HOST.compile,
 ) -> dict[str, Callable[[], object]]:
-    """Return each implementation's forward and backward pass, and the link's."""
-    functions = {OURS: ours, "eager": eager, "empty nodes": empty}
+    """Return each implementation's forward and backward pass, and the link's.
+
+    Args:
+        case: the sizes.
+        likelihood: one of LIKELIHOODS.
+        i: the inputs.
+        compiled: add the compiled implementations.
+        compile: compiles a function, with options of torch.compile. Default: that of the CPU.
+    """
+    functions = {OURS: ours, "eager": eager, EMPTY: empty}
     if compiled:
         torch._dynamo.reset()
         functions |= {
-            COMPILED: torch.compile(ours, dynamic=False),
-            "torch.compile": torch.compile(eager, dynamic=False),
-            "torch.compile, fallback_random": torch.compile(
-                eager, dynamic=False, options={"fallback_random": True}
-            ),
+            COMPILED: compile(ours),
+            COMPILE: compile(eager),
+            FALLBACK: compile(eager, options={"fallback_random": True}),
         }
     runs: dict[str, Callable[[], object]] = {"link": bare(i)}
     for name in (c for c in COLUMNS if c in functions):

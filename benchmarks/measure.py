@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import itertools
 import math
@@ -23,6 +24,8 @@ FALLBACK = "torch.compile, fallback_random"
 REDUCE_OVERHEAD = "torch.compile, reduce-overhead"
 # Not a peer: the time to move as many bytes, measured with the others.
 COPY = "a copy as large"
+# Nor is this: autograd nodes that allocate an objective's results and do nothing.
+EMPTY = "empty nodes"
 
 # Works of more elements than this are run a few times only, and not checked: their checks passed at smaller
 # sizes.
@@ -47,6 +50,9 @@ class Work:
         sets: number of input sets that implementations cycle through, so that they do not stay in a cache.
         part: implementation → fraction of the work it does, where all of it would take too long; its time is
             divided by the fraction.
+        base: implementation whose median time is subtracted from the others'; it is not in the results.
+        processor: count the processor's time of all threads, not the time on the wall.
+        bits: implementation → a function that returns a number of all bits of its result.
     """
 
     group: str
@@ -61,17 +67,24 @@ class Work:
     graphs: frozenset[str] = frozenset()
     sets: int = 1
     part: dict[str, float] = field(default_factory=dict)
+    base: str = ""
+    processor: bool = False
+    bits: dict[str, Callable[[], str]] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """Measurements of one implementation: seconds per run in each round, a run's allocations, the clock."""
+    """Measurements of one implementation: seconds per run in each round, a run's allocations, the clock.
+
+    ``bits`` is the number of its result's bits, where the work has one.
+    """
 
     seconds: np.ndarray
     peak_bytes: int = 0
     allocations: int = 0
     wrong: str = ""
     clock: str = ""
+    bits: str = ""
 
 
 @dataclass
@@ -93,15 +106,21 @@ class Host:
 
     device = torch.device("cpu")
 
-    def seconds(self, launch: Callable[[], object]) -> float:
+    def seconds(self, launch: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
         """Return the time from before the call until all its work is done."""
-        before = time.perf_counter()
+        before = clock()
         launch()
-        return time.perf_counter() - before
+        return clock() - before
+
+    def clock_of(self, work: Work) -> tuple[Callable[[Callable[[], object]], float], str]:
+        """Return the function that times a work not captured in a graph, and its name."""
+        if work.processor:
+            return functools.partial(self.seconds, clock=time.process_time), "processor"
+        return self.seconds, "host"
 
     def prepare(self, work: Work, name: str, once: float) -> Timed:
         """Return the timed function of a warmed-up implementation that takes ``once`` seconds."""
-        return loop_of(work.run[name], once, self.seconds, "host")
+        return loop_of(work.run[name], once, *self.clock_of(work))
 
     def memory(self, run: Callable[[], object]) -> tuple[int, int]:
         """Return a run's peak bytes beyond those allocated before, and the number of allocations."""
@@ -229,6 +248,7 @@ def measure(work: Work, budget: float = 0.6, host: Host = HOST) -> dict[str, Res
         try:
             if name in work.check and not work.huge:
                 work.check[name]()
+            bits = work.bits[name]() if name in work.bits else ""
             first = host.seconds(run)
             peak, count = host.memory(run)
             once = host.seconds(run) if first < 2 else first
@@ -238,7 +258,7 @@ def measure(work: Work, budget: float = 0.6, host: Host = HOST) -> dict[str, Res
             results[name] = Result(np.array([]), wrong=describe(error))
             continue
         warm[name] = once < 0.1
-        results[name] = Result(np.array([]), peak, count, clock=timed[name].clock)
+        results[name] = Result(np.array([]), peak, count, clock=timed[name].clock, bits=bits)
     names = list(timed)
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -261,7 +281,25 @@ def measure(work: Work, budget: float = 0.6, host: Host = HOST) -> dict[str, Res
         gc.enable()
     for name in names:
         results[name].seconds = np.array(times[name])
+    if work.base:
+        base = np.median(results.pop(work.base).seconds)
+        for result in results.values():
+            result.seconds = result.seconds - base
     return results
+
+
+def bits_of(run: Callable[[], object], calls: int = 1) -> str:
+    """Return a number of all bits of a run's results, summed over as many calls as it has sets of inputs."""
+    total = 0
+    for _ in range(calls):
+        for t in tuple_of(run()):
+            words = t.detach().contiguous().view(WORDS[t.element_size()]).flatten()
+            # A sum of integers has no order, and odd factors lose no bit.
+            total += int((words * torch.arange(1, 2 * len(words), 2, device=t.device)).sum())
+    return f"{total % 2**64:016x}"
+
+
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def describe(error: BaseException) -> str:

@@ -136,7 +136,7 @@ def steps(group, k, batch, hidden, latent, target, place: Place = CPU):
     losses = {name: place.cast(loss) for name, loss in losses.items()}
 
     def backward(function, model):
-        def loss():
+        def loss(x=x):
             value = function(model, x, k)
             value.backward()
             return value.detach()
@@ -162,16 +162,16 @@ def steps(group, k, batch, hidden, latent, target, place: Place = CPU):
         add(name, losses[name.partition(",")[0]])
     model = copy.deepcopy(start)
     if place.dtype == torch.float32 and (pyro := _pyro(model, k)) is not None:
-        functions["Pyro"] = model, lambda: pyro(x)
+        functions["Pyro"] = model, lambda x=x: pyro(x)
 
     run, checks, sums = {}, {}, {}
     for name, (model, loss) in functions.items():
         capturable = {"capturable": True} if name in graphs and place.device.type == "cuda" else {}
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, **capturable)
 
-        def step(loss=loss, optimizer=optimizer):
+        def step(x=x, loss=loss, optimizer=optimizer):
             optimizer.zero_grad(set_to_none=True)
-            value = loss()
+            value = loss(x)
             optimizer.step()
             return value
 

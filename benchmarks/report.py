@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .measure import COPY, OURS, Machine, Result, Work
+from .measure import COPY, EMPTY, OURS, Machine, Result, Work
 
 Row = dict[str, str]
 FULL = ("forward+backward", "step", "evaluation")
@@ -73,6 +73,7 @@ def rows_of(work: Work, results: dict[str, Result], machine: Machine, where: Row
             "rounds": str(len(result.seconds)),
             "wrong": result.wrong,
             "clock": result.clock,
+            "bits": result.bits,
         }
         if len(result.seconds):
             p20, p50, p80 = np.percentile(result.seconds, (20, 50, 80))
@@ -96,7 +97,7 @@ def rows_of(work: Work, results: dict[str, Result], machine: Machine, where: Row
 COLUMNS = (
     *("group", "case", "direction", "implementation", "p20_us", "p50_us", "p80_us"),
     *("ratio", "ratio_p20", "ratio_p80", "target", "gb_per_s", "share_of_copy", "least_us", "share_of_least"),
-    *("peak_mib", "allocations", "rounds", "clock", "wrong"),
+    *("peak_mib", "allocations", "rounds", "clock", "bits", "wrong"),
     *("device", "threads", "versions", "time", "copy_gb_per_s", "read_gb_per_s", "gflop_per_s"),
 )
 
@@ -185,9 +186,8 @@ def _percent(text: str) -> str:
 def loses(row: Row) -> bool:
     """Return True if this peer is faster than fastvae beyond the spread of its rounds."""
     name = row["implementation"]
-    return (
-        name.split(",")[0] != OURS and name != COPY and bool(row.get("ratio")) and float(row["ratio_p80"]) < 1
-    )
+    is_peer = name.split(",")[0] != OURS and name not in (COPY, EMPTY)
+    return is_peer and bool(row.get("ratio")) and float(row["ratio_p80"]) < 1
 
 
 def misses(row: Row) -> bool:

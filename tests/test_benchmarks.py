@@ -146,6 +146,46 @@ def test_times_of_a_part_are_scaled_to_the_whole():
     assert results["loop"].seconds == pytest.approx(0.1) and results[OURS].seconds == pytest.approx(0.01)
 
 
+def test_the_time_of_a_base_is_subtracted():
+    clock = Clock()
+
+    def taking(seconds):
+        def run():
+            clock.now += seconds
+
+        return run
+
+    work = Work("g", "c", "step", {"link": taking(1e-3), OURS: taking(3e-3)}, base="link")
+    results = measure.measure(work, budget=0, host=clock)
+    assert set(results) == {OURS} and results[OURS].seconds == pytest.approx(2e-3)
+
+
+def test_the_processor_s_time_is_counted(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(measure.time, "process_time", lambda: 7.0 * next(ticks))
+    work = Work("g", "c", "step", {OURS: lambda: None}, processor=True)
+    timed = measure.HOST.prepare(work, OURS, 1.0)
+    assert timed.clock == "processor" and timed.seconds(timed.launch) == 7
+    timed = measure.HOST.prepare(Work("g", "c", "step", {OURS: lambda: None}), OURS, 1.0)
+    assert timed.clock == "host" and next(ticks) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_bits_are_those_of_all_results(dtype):
+    """A changed bit and exchanged elements change the number; the order of the calls does not."""
+    sets = [torch.randn(7, 5, dtype=dtype) for _ in range(2)]
+    turn = itertools.cycle(sets)
+    bits = measure.bits_of(lambda: next(turn), 2)
+    next(turn)
+    assert measure.bits_of(lambda: next(turn), 2) == bits and len(bits) == 16
+    next(turn)
+    sets[0][3, 2] = torch.nextafter(sets[0][3, 2], sets[0].new_tensor(9.0))
+    changed = measure.bits_of(lambda: next(turn), 2)
+    assert changed != bits
+    sets[1].copy_(sets[1].flip(0))
+    assert measure.bits_of(lambda: next(turn), 2) not in (bits, changed)
+
+
 def test_limits_of_a_machine_are_the_best_measured():
     assert Machine(1, 6, 2).best(Machine(3, 5, 1)) == Machine(3, 6, 2)
 
@@ -198,7 +238,9 @@ def test_recorded_results_can_be_read():
         rows = report.read_csv(path)
         # Columns may have been added since.
         assert (
-            rows and {"clock"} >= set(report.COLUMNS) - set(rows[0]) and set(rows[0]) <= set(report.COLUMNS)
+            rows
+            and {"clock", "bits"} >= set(report.COLUMNS) - set(rows[0])
+            and set(rows[0]) <= set(report.COLUMNS)
         )
         assert not [r for r in rows if r["wrong"] and r["implementation"] == OURS]
 

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fastvae
 from benchmarks import report
-from benchmarks.measure import COMPILE, COPY, OURS, Machine, Result, Work, measure
-from tools import device, device_tests, gpu, gpu_tables
+from benchmarks.measure import COMPILE, COPY, EMPTY, OURS, Machine, Place, Result, Work, measure
+from tools import device, device_tests, gpu, gpu_first, gpu_tables
 
 pytest.importorskip("triton")
 
@@ -64,6 +66,40 @@ def test_dry_run_of_one_op(tmp_path):
     assert "skipped" not in done.stdout and "failed with an error" not in done.stdout
 
 
+def test_dry_run_of_the_first_minutes(tmp_path):
+    """Parameters, then the last layer, then the rest of the plan; each in a table."""
+    only = "parameters of gaussian_log_prob", "last layer", "log_mean_exp"
+    parts = [a for part in only for a in ("--only", part)]
+    done = _run(*HOURS, "--first", "--dry-run", "--no-tests", "--out", tmp_path, *parts)
+    rows = _check_dry_run(done, tmp_path, {gpu_first.PARAMETERS, gpu_first.LAST_LAYER, "log_mean_exp"})
+    groups = list(dict.fromkeys(r["group"] for r in rows))
+    assert groups == [gpu_first.PARAMETERS, gpu_first.LAST_LAYER, "log_mean_exp"]
+    names = {r["implementation"] for r in rows if r["group"] == gpu_first.PARAMETERS}
+    assert names == {OURS, "tile 2048", "samples 1", "samples 4"}
+    for r in rows:
+        assert (len(r["bits"]) == 16) == (r["group"] == gpu_first.PARAMETERS)
+    assert all(gpu_first.TABLES[group] in done.stdout for group in groups[:2])
+
+
+@pytest.mark.slow
+def test_dry_run_of_all_first_minutes(tmp_path):
+    only = "parameters", "front end", "graphed", "last layer"
+    parts = [a for part in only for a in ("--only", part)]
+    done = _run(*HOURS, "--first", "--dry-run", "--out", tmp_path, *parts)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = tmp_path.glob("*.csv")
+    rows = report.read_csv(path)
+    assert list(dict.fromkeys(r["group"] for r in rows)) == list(gpu_first.TABLES)
+    front = [r for r in rows if r["group"] == gpu_first.FRONT_END]
+    assert {r["clock"] for r in front} == {"host", "processor"}
+    assert {r["implementation"] for r in front} == {OURS, f"{OURS}, compiled", "eager", COMPILE, EMPTY}
+    assert {r["implementation"] for r in rows if r["group"] == gpu_first.GRAPHED} == {
+        *(OURS, gpu_first.BY_HAND, gpu_first.WITHOUT)
+    }
+    assert not any(r["wrong"] for r in rows) and all(r["p50_us"] for r in rows)
+    assert " passed" in done.stdout.rpartition("tests: ")[2]
+
+
 @pytest.mark.slow
 def test_dry_run_of_everything(tmp_path):
     done = _run(*HOURS, "--dry-run", "--out", tmp_path)
@@ -109,6 +145,41 @@ def test_items_skipped_for_lack_of_time_are_listed(tmp_path, monkeypatch, capsys
     assert len(names) > 2 and [line.strip() for line in listed[: len(names)]] == names
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_first_minutes_come_before_the_tests(stopped, tmp_path, monkeypatch, capsys):
+    """The tests are between the two plans; they are left out where no time remains."""
+    events, now = [], [1000.0]
+
+    def measure_all(state):
+        events.append([item.what for item in state.wanted()])
+        now[0] += gpu.RESERVE + 600 * stopped
+        return state
+
+    def run(seconds, dry_run):
+        events.append(seconds)
+        return device_tests.Outcome({"passed": 1})
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(gpu, "_measure_all", measure_all)
+    monkeypatch.setattr(device_tests, "run", run)
+    assert gpu.main(["--dry-run", "--first", "--out", str(tmp_path)]) == 1  # nothing was measured
+    first, *tests, rest = events
+    assert first == [i.what for i in gpu.plan([], True, True)] and rest == [
+        i.what for i in gpu.plan([], True)
+    ]
+    # As ever, 200 seconds of the 600.
+    assert tests == [] if stopped else tests == [200]
+    assert (gpu.TESTS in capsys.readouterr().out) == stopped
+
+
+def test_the_first_minutes_ask_in_order():
+    kinds = list(dict.fromkeys(i.what.split(" ")[0] for i in gpu.FIRST))
+    assert kinds == ["parameters", "front", "graphed", "last"]
+    layers = [i for i in gpu.FIRST if i.what.startswith("last layer")]
+    precisions = dict.fromkeys((i.what, i.precision) for i in layers)
+    assert len(precisions) == 3 and {i.size[0] * i.size[1] for i in layers} == {3200, 6400}
+
+
 def test_an_unknown_name_is_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--only", "rsample_lk"])
@@ -124,9 +195,9 @@ def test_a_missing_folder_and_no_time_are_refused(capsys, arguments, said):
 
 
 def test_names_of_a_plan_are_unique():
-    names = [item.name for item in gpu.PLAN]
+    names = [item.name for item in gpu.FIRST + gpu.PLAN]
     assert len(set(names)) == len(names)
-    small = gpu.plan([], True)
+    small = gpu.plan([], True, True) + gpu.plan([], True)
     assert {i.what for i in small} == set(gpu.WORKS) and {i.precision for i in small} == {
         "float32",
         "bfloat16",
@@ -180,6 +251,46 @@ def test_tables_fit_into_the_visible_output():
     text = gpu_tables.text(rows, False)
     assert len(text) < MOST_CHARACTERS - 1000
     assert max(map(len, text.splitlines())) < 180
+
+
+def test_tables_of_the_first_minutes():
+    """A case in which a peer wins is first; other bits and failures are noted."""
+    rows = [
+        *_rows(gpu_first.PARAMETERS, "won", {OURS: 1e-5, "tile 2048": 2e-5}),
+        *_rows(gpu_first.PARAMETERS, "lost", {OURS: 1e-5, "tile 2048": 9e-6}),
+        *_rows(gpu_first.FRONT_END, "floor", {OURS: 1e-5, EMPTY: 1e-6}),
+        *_rows(gpu_first.LAST_LAYER, "stored", {OURS: 1e-5, f"{OURS}, output stored": 5e-6}),
+    ]
+    rows[0]["bits"], rows[1]["bits"] = "a", "b"
+    rows[1] |= {"p50_us": "", "ratio": "", "wrong": "an error of 7"}
+    text = gpu_tables.text(rows, False)
+    lost, won = (
+        "◄ lost: fastvae 10.0 | tile 2048 9.0 0.90×\n",
+        "  won: fastvae 10.0 | tile 2048 not timed: an",
+    )
+    assert lost in text and won in text and text.index(lost) < text.index(won)
+    assert "  floor: fastvae 10.0 | empty nodes 1.0 0.10×" in text
+    assert "◄ stored: fastvae 10.0 (0) | output stored 5.0 0.50× (0)" in text
+    rows[1] |= {"p50_us": "20.0", "ratio": "2.0"}
+    assert "tile 2048 20.0 2.00×, other bits" in gpu_tables.text(rows, False)
+
+
+def test_the_first_tables_fit_into_the_visible_output():
+    names = {
+        "parameters": (gpu_first.PARAMETERS, ("samples 1", "samples 4")),
+        "front": (gpu_first.FRONT_END, (f"{OURS}, compiled", "eager", COMPILE, EMPTY)),
+        "graphed": (gpu_first.GRAPHED, (gpu_first.BY_HAND, gpu_first.WITHOUT)),
+        "last": (gpu_first.LAST_LAYER, (f"{OURS}, output stored", "eager")),
+    }
+    rows = []
+    for item in gpu.FIRST:
+        group, others = names[item.what.split(" ")[0]]
+        # Two works each, but for steps and layers.
+        for part in ("processor", "tile 2048")[: 2 if group in list(gpu_first.TABLES)[:2] else 1]:
+            case = f"{item.name.replace('parameters of ', '')}, {part}"
+            rows += _rows(group, case, dict.fromkeys((OURS, *others), 1234e-6))
+    text = gpu_tables.text(rows, False)
+    assert len(text) < MOST_CHARACTERS - 1000 and max(map(len, text.splitlines())) < 180
 
 
 # The device, with a torch.cuda that records its calls.
@@ -268,6 +379,8 @@ def test_a_step_has_a_graph_and_short_calls_share_one():
     assert step.clock == "graph" and step.calls == 5  # replays
     assert cuda.prepare(_work(run), OURS, once=1e-9).calls % device.MOST_CALLS == 0
     assert cuda.prepare(_work(run, graphs=()), OURS, once=1e-3).clock == "host"
+    by_processor = replace(_work(run, graphs=()), processor=True)
+    assert cuda.prepare(by_processor, OURS, once=1e-3).clock == "processor"
 
 
 def test_after_a_failed_capture_the_next_process_times_without_a_graph():
@@ -420,11 +533,97 @@ def test_an_aborted_process_keeps_its_results(tmp_path, monkeypatch, capfd):
     assert gpu._worker(state.path) == 0 and "has lost the device" in capfd.readouterr().out
 
 
+def test_an_aborted_first_item_keeps_the_rows_before_it(tmp_path, monkeypatch):
+    """The next process continues with the first items; a lost device leaves the defaults of the kernels."""
+    from fastvae.kernels import common
+
+    monkeypatch.setattr(gpu, "StandIn", Troubled)
+    monkeypatch.setattr(gpu.signal, "alarm", lambda seconds: None)
+    only = ["parameters of gaussian_log_prob", "last layer 50×64×200×784, bfloat16"]
+    *given, layer = (item.name for item in gpu.plan(only, True, True))
+    defaults = dict(common.LAUNCH)
+    state = gpu.State(str(tmp_path / "state.json"), time.time() + 36_000, str(tmp_path), True, only, True)
+    state.save()
+    assert gpu._worker(state.path) == gpu.AGAIN
+    state = gpu.State.load(state.path)
+    assert state.first and state.done == given and [i.name for i in state.wanted()] == [layer]
+    rows = report.read_csv(Path(state.csv))
+    assert {r["group"] for r in rows} == {gpu_first.PARAMETERS}
+    monkeypatch.setattr(Troubled, "failed", state.failed)
+    assert gpu._worker(state.path) == 0
+    after = report.read_csv(Path(state.csv))
+    assert after[: len(rows)] == rows and {r["group"] for r in after[len(rows) :]} == {gpu_first.LAST_LAYER}
+
+    monkeypatch.setattr(Troubled, "lost_in", gpu_first.PARAMETERS)
+    state = gpu.State(str(tmp_path / "other.json"), time.time() + 36_000, str(tmp_path), True, given, True)
+    state.save()
+    assert gpu._worker(state.path) == gpu.AGAIN
+    state = gpu.State.load(state.path)
+    assert list(state.lost) == given[:1] and defaults == common.LAUNCH
+
+
 def test_the_state_is_saved_and_loaded(tmp_path):
     state = gpu.State(str(tmp_path / "state.json"), 1.0, "out", False)
     state.save(done=["a"], failed={"b": "c"})
     assert gpu.State.load(state.path) == state
     assert json.loads(Path(state.path).read_text())["done"] == ["a"]
+
+
+# The first minutes of a card.
+
+
+def _place():
+    return Place(device.StandIn(), versions={}, graphs=True)
+
+
+@pytest.mark.parametrize("name, tile", [("gaussian", 1024), ("bernoulli", 2048)])
+def test_launch_parameters_are_set_in_turns(name, tile):
+    """Each implementation launches with its value, whichever came before; in the end all are as before."""
+    from fastvae.kernels import common, launching, likelihood_flat
+    from fastvae.kernels.likelihood import log_prob_kernel
+
+    def planned(kernel):
+        plans = (ready.call for calls in launching._caches for ready in calls.values())
+        return {tuple(c.constants.get(f"BLOCK_{i}", 1) for i in "KBX") for c in plans if c.kernel is kernel}
+
+    before = dict(common.LAUNCH), likelihood_flat.SAMPLES_FLAT
+    with fastvae.use_backend("triton"):
+        for work in gpu_first.parameters(name, (16, 64, 8), _place()):
+            for way in [*work.run, *reversed(work.run)]:
+                value = int(way.split(" ")[1]) if way != OURS else tile if "tile" in work.case else 2
+                work.run[way]()
+                if work.direction == "forward":
+                    ((k, b, x),) = planned(log_prob_kernel)
+                    assert k * b * x == value
+                else:
+                    ((k, *_),) = planned(likelihood_flat.log_prob_flat_backward_kernel)
+                    assert k == value
+            for check in work.check.values():
+                check()
+            assert len({bits() for bits in work.bits.values()}) == 1
+    assert (dict(common.LAUNCH), likelihood_flat.SAMPLES_FLAT) == before
+
+
+def test_a_failed_capture_by_graphed_ends_the_process(monkeypatch):
+    def graphed(step):
+        def run(x):
+            raise RuntimeError("fastvae.graphed: the step could not be captured")
+
+        return run
+
+    monkeypatch.setattr(fastvae, "graphed", graphed)
+    with pytest.raises(device.DeviceLost, match="could not be captured"):
+        next(gpu_first.graphed_step("ELBO step", (1, 3, 5, 4), _place()))
+
+
+def test_precision_of_products_is_that_asked_for_and_then_as_before():
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "high"):
+        works = gpu_first.last_layer(precision, (2, 3, 4, 5), _place())
+        work = next(works)
+        assert torch.get_float32_matmul_precision() == precision
+        assert ("TF32" in work.case) == (precision == "high") and work.graphs == set(work.run)
+        assert next(works, None) is None and torch.get_float32_matmul_precision() == before
 
 
 # The tests on the device.

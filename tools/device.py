@@ -7,6 +7,7 @@ import contextlib
 import gc
 import math
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -75,15 +76,15 @@ class Cuda(Host):
         """Size of the L2 cache in bytes."""
         return getattr(self.properties, "L2_cache_size", 0) or 2**26
 
-    def seconds(self, launch: Callable[[], object]) -> float:
-        """Measure by the host's clock, from an idle device to an idle device."""
+    def seconds(self, launch: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+        """Measure by a clock of the host, from an idle device to an idle device."""
         self.cuda.synchronize()
 
         def launch_and_wait():
             launch()
             self.cuda.synchronize()
 
-        return super().seconds(launch_and_wait)
+        return super().seconds(launch_and_wait, clock)
 
     def seconds_by_events(self, launch: Callable[[], object]) -> float:
         """Measure by the device's clock, with events in the stream before and after."""
@@ -97,7 +98,7 @@ class Cuda(Host):
     def prepare(self, work: Work, name: str, once: float) -> Timed:
         run = work.run[name]
         if name not in work.graphs:
-            return loop_of(run, once, self.seconds, "host")
+            return loop_of(run, once, *self.clock_of(work))
         key = f"{work.group}: {name}"
         # If a plain copy cannot be captured, nothing can.
         if reason := self.failed.get(key) or self.failed.get("machine: copy"):
@@ -195,7 +196,7 @@ class StandIn(Host):
     def prepare(self, work: Work, name: str, once: float) -> Timed:
         run = work.run[name]
         if name not in work.graphs:
-            return Timed(run, 1, self.seconds, "host")
+            return Timed(run, 1, *self.clock_of(work))
 
         def launch():
             for _ in range(work.sets):

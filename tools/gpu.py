@@ -3,11 +3,13 @@
 The command itself touches no device. It runs the tests, and then a process that measures, the most important
 items first. That process writes rows as they come; if it cannot continue (an illegal address, a failed
 capture), another does the rest. Items that failed, or for which there was no time, are listed by name.
+``--first`` measures what is asked of a new card (:mod:`.gpu_first`) before all that.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -24,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import distributions as td
 
-from benchmarks import report
+from benchmarks import frontend, report
 from benchmarks.likelihood import log_prob
 from benchmarks.logsumexp import log_mean_exp
 from benchmarks.measure import (
@@ -44,14 +46,14 @@ from benchmarks.objectives import evaluated, evaluation, iwae_without_networks, 
 from benchmarks.reduce import bound
 from fastvae.core import backend as _backend
 
-from . import device_tests, gpu_tables
+from . import device_tests, gpu_first, gpu_tables
 from .device import CaptureFailed, Cuda, DeviceLost, StandIn
 
 ROOT = Path(__file__).parents[1]
 # Exit code of a measuring process when another must continue.
 AGAIN = 3
-# Name of a loss that is not an item.
-MACHINE = "the machine's own speed"
+# Names of a loss, and of what there was no time for, that are not items.
+MACHINE, TESTS = "the machine's own speed", "the tests"
 MOST_PROCESSES = 10
 # Seconds reserved for tables and plots at the end, and for the work in progress when the time is up.
 RESERVE, GRACE = 15, 10
@@ -124,6 +126,7 @@ WORKS = {
     "evaluation": lambda size, place: evaluation(
         *size[:2], (200,), 50, evaluated, size[3:], by_hand=size[2], place=place
     ),
+    **gpu_first.WORKS,
 }
 
 
@@ -217,15 +220,45 @@ def _plan() -> list[Item]:
     ]
 
 
-PLAN = _plan()
+def _first() -> list[Item]:
+    """Return the items of ``--first`` that are measured before the tests, in order."""
+    sizes = (50, 1024, 784), (50, 4096, 100), (50, 65536, 8)
+    layers = (50, 64, 200, 784), (50, 128, 200, 784), (50, 64, 512, 3072)
+    layer = functools.partial(Item, small=(3, 4, 5, 6))
+    return [
+        *(
+            Item(f"parameters of {name}_log_prob", size, precision)
+            for name in ("gaussian", "bernoulli")
+            for size in sizes
+            for precision in ("float32", "bfloat16")
+        ),
+        # An ELBO has one sample here.
+        *(
+            Item("front end", (max(1, c.k), *c[1:]), seconds=20, small=(min(max(1, c.k), 2), 3, 5, 4))
+            for c in frontend.CASES
+        ),
+        Item("graphed ELBO step", (1, 128, 200, 200, 50), seconds=8, small=(1, 3, 5, 20, 4)),
+        Item("graphed IWAE step", (50, 64, 200, 200, 50), seconds=8, small=(2, 3, 5, 20, 4)),
+        *(layer("last layer", size) for size in layers),
+        *(layer("last layer, TF32", size) for size in layers),
+        *(layer("last layer", size, "bfloat16") for size in layers),
+    ]
 
 
-def plan(only: list[str], dry_run: bool) -> list[Item]:
+PLAN, FIRST = _plan(), _first()
+
+
+def plan(only: list[str], dry_run: bool, first: bool = False) -> list[Item]:
     """Return the items whose names contain one of ``only``, or all if it is empty.
 
     A dry run has one size of each kind, as all are tiny there.
+
+    Args:
+        only: parts of names.
+        dry_run: True without a device.
+        first: the items of ``--first`` that are measured before the tests. Default: the others.
     """
-    items = [item for item in PLAN if not only or any(part in item.name for part in only)]
+    items = [i for i in (FIRST if first else PLAN) if not only or any(part in i.name for part in only)]
     if not dry_run:
         return items
     kinds = {(i.what, i.precision, len(i.size), i.size[0] == 1): i for i in reversed(items)}
@@ -240,6 +273,7 @@ class State:
         path: the file's path.
         stop: deadline of the last work, in seconds since the epoch.
         only: parts of names; items without any of them are not measured. All if empty.
+        first: the items of ``--first`` are measured now, those before the tests.
         csv: path of the rows.
         machines: precision → the GPU's best speed.
         began: the item being measured.
@@ -254,6 +288,7 @@ class State:
     out: str
     dry_run: bool
     only: list[str] = field(default_factory=list)
+    first: bool = False
     csv: str = ""
     machines: dict[str, dict[str, float]] = field(default_factory=dict)
     began: str = ""
@@ -278,7 +313,7 @@ class State:
     def wanted(self) -> list[Item]:
         """Return the items still to be measured, in order."""
         over = {*self.done, *self.left_out, *self.lost}
-        return [item for item in plan(self.only, self.dry_run) if item.name not in over]
+        return [item for item in plan(self.only, self.dry_run, self.first) if item.name not in over]
 
 
 # The measuring process
@@ -385,7 +420,13 @@ def main(arguments: list[str] | None = None) -> int:
         "plots.",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where CSV and plots go")
-    parser.add_argument("--seconds", type=float, default=420, help="total time limit (default 420)")
+    parser.add_argument(
+        "--first",
+        action="store_true",
+        help="before the tests, measure what is asked of a new card: launch parameters in turns, the front "
+        "end, fastvae.graphed, the last layer",
+    )
+    parser.add_argument("--seconds", type=float, help="total time limit (default 420, with --first 600)")
     parser.add_argument(
         "--tests-seconds", type=float, default=200, help="time limit of the tests (default 200)"
     )
@@ -409,10 +450,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _worker(options.worker)
     if options.out is None:
         parser.error("--out DIR is missing: the folder for CSV and plots")
+    if options.seconds is None:
+        options.seconds = 600 if options.first else 420
     if options.seconds <= 0:
         parser.error(f"--seconds must be greater than 0, got {options.seconds:g}")
-    if not plan(options.only, options.dry_run):
-        names = "\n  ".join(item.name for item in PLAN)
+    orders = (True, False) if options.first else (False,)
+    if not any(plan(options.only, options.dry_run, first) for first in orders):
+        names = "\n  ".join(item.name for item in (FIRST if options.first else []) + PLAN)
         parser.error(f"--only {options.only[0]!r} matches none of the names:\n  {names}")
     if reason := _unfit(options.dry_run):
         print(f"python -m tools.gpu: {reason}", file=sys.stderr)
@@ -420,9 +464,6 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.time()
     options.out.mkdir(parents=True, exist_ok=True)
     tests = None
-    if not options.no_tests:
-        tests = device_tests.run(min(options.tests_seconds, options.seconds / 2), options.dry_run)
-        print(tests.text(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         state = State(
             path=str(Path(folder) / "state.json"),
@@ -430,8 +471,18 @@ def main(arguments: list[str] | None = None) -> int:
             out=str(options.out.resolve()),
             dry_run=options.dry_run,
             only=options.only,
+            first=options.first,
         )
         state.save()
+        if options.first:
+            state = _measure_all(state)
+            state.save(first=False)
+        seconds = min(options.tests_seconds, options.seconds / 2, state.stop - time.time())
+        if not options.no_tests and seconds > 0:
+            tests = device_tests.run(seconds, options.dry_run)
+            print(tests.text(), flush=True)
+        elif not options.no_tests:
+            state.save(left_out=[*state.left_out, TESTS])
         state = _measure_all(state)
     return _conclude(state, tests, options.out, began)
 
@@ -461,7 +512,7 @@ def _measure_all(state: State) -> State:
         environment |= {"TRITON_INTERPRET": "1", "FASTVAE_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     elif torch.version.hip:
         print("this is ROCm: CUDA's names refer to HIP here; untested", flush=True)
-    for _ in range(MOST_PROCESSES):
+    for _ in range(MOST_PROCESSES if state.wanted() else 0):
         process = subprocess.Popen(command, cwd=ROOT, env=environment)
         try:
             code = process.wait(max(state.stop + GRACE - time.time(), GRACE))

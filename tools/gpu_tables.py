@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.measure import COMPILE, COPY, OURS
+from benchmarks.measure import COMPILE, COPY, EMPTY, OURS
 from benchmarks.report import Row
+
+from . import gpu_first
 
 SHARE_OF_COPY = 0.9
 PREDICTED = Path(__file__).parent / "predicted-sm_90.csv"
@@ -55,10 +57,49 @@ def text(rows: list[Row], dry_run: bool) -> str:
         f"speed of a copy in this run: {row['copy_gb_per_s']} GB/s; {row['device']}, {row['versions']}, "
         f"{row['time']}"
     )
-    parts = [mark + _step_table(rows), _evaluation_table(rows), _call_table(rows), _op_table(rows), speed]
-    parts.append("not judged" if dry_run else report.summary(rows))
-    parts.append(predictions(rows))
+    others = [r for r in rows if r["group"] not in gpu_first.TABLES]
+    parts = [mark + _step_table(others), _evaluation_table(others), _call_table(others), _op_table(others)]
+    parts += [speed, "not judged" if dry_run else report.summary(others) if others else ""]
+    parts.append(predictions(others))
+    # Last, where a terminal shows them.
+    parts += [_first_table(rows, group) for group in gpu_first.TABLES]
     return "\n\n".join(p for p in parts if p)
+
+
+def _first_table(rows: list[Row], group: str) -> str:
+    """Return a table of ``--first``, a line per case, those in which fastvae loses most first."""
+    cases: dict[str, list[Row]] = {}
+    for r in rows:
+        if r["group"] == group:
+            cases.setdefault(r["case"], []).append(r)
+    # The fastest of the others; only beyond the spread of its rounds is it a loss.
+    best = {case: min(map(_against, part)) for case, part in cases.items()}
+    lines = []
+    for case in sorted(cases, key=best.__getitem__):
+        cells = [_first_cell(r, cases[case]) for r in cases[case]]
+        name = case.replace(", float32", " f32").replace(", bfloat16", " bf16")
+        lines.append(f"{'◄' if best[case] < 1 else ' '} {name}: {' | '.join(cells)}")
+    return "\n".join([f"{gpu_first.TABLES[group]}:", *lines]) if lines else ""
+
+
+def _against(row: Row) -> float:
+    """Return a row's ratio if it beats fastvae, else 1."""
+    if row["implementation"] in (OURS, COPY, EMPTY) or not row.get("ratio"):
+        return 1.0
+    return float(row["ratio"]) if float(row["ratio_p80"]) < 1 else 1.0
+
+
+def _first_cell(row: Row, rows: list[Row]) -> str:
+    name = row["implementation"].removeprefix(f"{OURS}, ")
+    if not row["p50_us"]:
+        return f"{name} not timed: {row['wrong']}"
+    cell = f"{name} {float(row['p50_us']):.1f}"
+    if row["implementation"] != OURS and row["ratio"]:
+        cell += f" {float(row['ratio']):.2f}×"
+    if row["group"] == gpu_first.LAST_LAYER:
+        cell += f" ({float(row['peak_mib']):.0f})"
+    mine = next((r["bits"] for r in rows if r["implementation"] == OURS), "")
+    return cell + (", other bits" if row["bits"] != mine else "")
 
 
 def predictions(rows: list[Row], path: Path = PREDICTED) -> str:
@@ -171,6 +212,7 @@ def plots(rows: list[Row], stem: Path) -> list[Path]:
     except ImportError:
         print("no plots: matplotlib is not installed (`pip install matplotlib`)")
         return []
+    rows = [r for r in rows if r["group"] not in gpu_first.TABLES]
     kind = lambda r: "ops" if r["gb_per_s"] and r["group"] != "overhead" else "steps and calls"  # noqa: E731
     return [*_bandwidth_plot(rows, stem), *report.plots(rows, stem, kind)]
 
