@@ -31,8 +31,8 @@ def launched(call):
 def described(launch):
     # Grid and arguments, without the handles in between; addresses of results change from call to call.
     (x, y, z, stream, function, packed, *_), arguments = launch[:9], launch[9:]
-    # By Triton's own way a tensor is given, by ours its address.
-    is_address = lambda a: isinstance(a, torch.Tensor) or type(a) is int and a > 2**32
+    # By Triton's own way a tensor is given, by ours its address, which is beyond the numbers here.
+    is_address = lambda a: isinstance(a, torch.Tensor) or type(a) is int and a > 2**20
     return (x, y, z), ["address" if is_address(a) else str(a) for a in arguments]
 
 

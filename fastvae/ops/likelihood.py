@@ -345,10 +345,12 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
 def _are_alike(tensors: Sequence[Any]) -> bool:
     """Return True if the native backend takes x and the parameters as they are, all of one shape [B, ...]."""
     x = tensors[0]
-    if torch.compiler.is_compiling() or not (in_eager_mode() and is_native(x)) or not x.dim():
+    if torch.compiler.is_compiling() or not (in_eager_mode() and is_native(x)):
         return False
-    shape, gpu = x.shape, None if x.is_cpu else x.device
-    return all([is_usual(t, gpu) and t.shape == shape for t in tensors])
+    gpu = None if x.is_cpu else x.device
+    # x first: a nested tensor has no shape.
+    fits = is_usual(x, gpu) and x.dim() > 0
+    return fits and all([is_usual(t, gpu) and t.shape == x.shape for t in tensors[1:]])
 
 
 _DOCUMENTATION = """Compute log p(x|z) of a {name} likelihood, summed over the event.
