@@ -246,7 +246,7 @@ def test_recorded_results_can_be_read():
 
 
 def test_the_front_end_is_timed_by_the_given_clock():
-    """Of a round, the calls alone are timed, and the link's time is subtracted."""
+    """A round times the calls alone, and the link's time is subtracted."""
     from benchmarks import frontend
 
     now = [0]

@@ -3,7 +3,7 @@
 The command itself touches no device. It runs the tests, and then a process that measures, the most important
 items first. That process writes rows as they come; if it cannot continue (an illegal address, a failed
 capture), another does the rest. Items that failed, or for which there was no time, are listed by name.
-``--first`` measures what is asked of a new card (:mod:`.gpu_first`) before all that.
+``--first`` takes the measurements of :mod:`.gpu_first` before all that.
 """
 
 from __future__ import annotations
@@ -423,8 +423,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--first",
         action="store_true",
-        help="before the tests, measure what is asked of a new card: launch parameters in turns, the front "
-        "end, fastvae.graphed, the last layer",
+        help="before the tests, take the first measurements of a new card: launch parameters in turns, the "
+        "front end, fastvae.graphed, the last layer",
     )
     parser.add_argument("--seconds", type=float, help="total time limit (default 420, with --first 600)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What a GPU is asked first: ``python -m tools.gpu --first``.
+"""The first measurements on a GPU: ``python -m tools.gpu --first``.
 
 Launch parameters of the likelihoods in turns, the front end, ``fastvae.graphed``, and the last layer.
 """

@@ -1,4 +1,4 @@
-"""What the host does: launches, streams, threads, devices, graphs, errors. The card's kernels do nothing."""
+"""The host's work: launches, streams, threads, devices, graphs, errors. The card's kernels do nothing."""
 
 from __future__ import annotations
 
