@@ -201,9 +201,14 @@ constexpr int kNetBits = 30;
 template <class C>
 class Noise {
  public:
+  // @param row_offset address of the first row, or -1 if all rows share the noise of row 0
   // @param level of latents in several levels, which the counter's last word tells apart
   Noise(Key key, i64 sample_offset, i64 row_offset, std::uint32_t level = 0)
-      : key_(key), level_(level), sample_offset_(sample_offset), row_offset_(row_offset) {}
+      : key_(key),
+        level_(level),
+        sample_offset_(sample_offset),
+        row_offset_(row_offset),
+        shared_(row_offset < 0) {}
 
   // From here on tiles begin at `column`, a multiple of 4; their pitch is the least multiple of 4.
   void shape(i64 column, const Tile& tile) {
@@ -264,7 +269,9 @@ class Noise {
 
   template <bool kOfSamples>
   void random_words(i64 sample, i64 row) {
-    philox_calls<kOfSamples>(calls_, c0_, block_, c1_, static_cast<std::uint32_t>(row + row_offset_),
+    static constexpr std::uint32_t kSameRow[kCalls] = {};
+    const auto first = shared_ ? 0 : static_cast<std::uint32_t>(row + row_offset_);
+    philox_calls<kOfSamples>(calls_, c0_, block_, shared_ && !kOfSamples ? kSameRow : c1_, first,
                              static_cast<std::uint32_t>(sample), level_, key_, words_);
   }
 
@@ -280,6 +287,7 @@ class Noise {
   Key key_;
   std::uint32_t level_;
   i64 sample_offset_, row_offset_;
+  bool shared_;
   std::uint32_t block_ = 0;
   int blocks_ = 0, calls_ = 0;
   std::uint32_t c0_[kCalls], c1_[kCalls], words_[4][kCalls], beyond_[4][kCalls];

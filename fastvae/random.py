@@ -149,7 +149,7 @@ def normal(
         columns: number of columns.
         sample_offset: index of the first sample: ``normal(s, K, B, D)[k0:, b0:]`` equals
             ``normal(s, K - k0, B - b0, D, sample_offset=k0, row_offset=b0)``. Default 0.
-        row_offset: index of the first row. Default 0.
+        row_offset: index of the first row; −1 gives all rows the noise of row 0. Default 0.
         level: last word of the address, which separates the levels of hierarchical latents. Default 0.
         dtype: float32 (default) or float64.
         device: device of the result. Default: the seed's device.

@@ -30,7 +30,7 @@ from .normal_tiles import (
     load_inputs,
     scale,
 )
-from .random import normals
+from .random import address_of_rows, normals
 
 __all__ = ["rsample_kl", "rsample_kl_backward", "rsample_log_ratio", "rsample_log_ratio_backward"]
 
@@ -56,7 +56,8 @@ def draw(
     BLOCK_D: tl.constexpr,
 ):
     """Draw the noise of a tile and store z; return both in the dtype of the computation, z unrounded."""
-    b_eps = normals(seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
+    rows = address_of_rows(o_b, row_offset)
+    b_eps = normals(seed, o_k + sample_offset, rows, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
     b_z = b_mu + b_sigma * b_eps  # [BLOCK_K, BLOCK_B, BLOCK_D]
     store(p_z, (o_k * B + o_b) * D + o_d, b_z, (o_k < k_stop) & (o_b < B) & (o_d < D))
     return b_eps, b_z

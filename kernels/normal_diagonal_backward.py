@@ -22,7 +22,7 @@ from .normal_tiles import (
     load_inputs,
     scale,
 )
-from .random import normals
+from .random import address_of_rows, normals
 
 # Steps of a backward program's loop over samples. Minimum: every split writes its part of the sums, which is
 # wasteful if it is short. Maximum: float32 sums of that length are as accurate as torch's blockwise ones.
@@ -213,9 +213,8 @@ def rsample_backward_kernel(
             if not AHEAD:
                 b_h, b_g, b_weight = computed(n_h, DTYPE), n_g, n_weight
             if NOISE:
-                b_eps = normals(
-                    seed, o_k + sample_offset, o_b + row_offset, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D
-                )
+                rows = address_of_rows(o_b, row_offset)
+                b_eps = normals(seed, o_k + sample_offset, rows, i_d, DTYPE, BLOCK_K, BLOCK_B, BLOCK_D)
             if RATIO:
                 # The distance from the prior's mean over s, its product with g, and that times sigma / (2 s).
                 # A sample with zero upstream gradient contributes zero, even where the distance is infinite.

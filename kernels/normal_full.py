@@ -31,7 +31,7 @@ from .common import (
 )
 from .elementary import exp
 from .launching import Call, Result, fixed, planned
-from .random import normals
+from .random import address_of_rows, normals
 
 HALF_LOG_2_PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 # Maximum columns of a block, columns of noise per product, and the minimum size of a product's axis.
@@ -52,7 +52,7 @@ def block_of_noise(
     DTYPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Generate the normals [BLOCK_K, BLOCK_D] of one row, from column i_d on."""
-    o_b = tl.zeros([1, 1, 1], dtype=tl.int64) + (i_b.to(tl.int64) + row_offset)
+    o_b = tl.zeros([1, 1, 1], dtype=tl.int64) + address_of_rows(i_b.to(tl.int64), row_offset)
     b_eps = normals(seed, o_k[:, None, None] + sample_offset, o_b, i_d, DTYPE, BLOCK_K, 1, BLOCK_D)
     return tl.reshape(b_eps, [BLOCK_K, BLOCK_D])
 

@@ -254,6 +254,12 @@ def normals_of_words(
     return interleaved(b_0, b_1, b_2, b_3, BLOCK_K, BLOCK_B, BLOCK_D)  # [BLOCK_K, BLOCK_B, BLOCK_D]
 
 
+@triton.jit
+def address_of_rows(o_b, row_offset):
+    """Return the addresses of rows: o_b + row_offset, or 0 if all share the noise of row 0, offset -1."""
+    return tl.where(row_offset < 0, 0, o_b + row_offset)
+
+
 @triton.jit(
     do_not_specialize=["sample_offset", "row_offset", "level", "K", "B"],
     do_not_specialize_on_alignment=["k_tiles"],
@@ -263,7 +269,7 @@ def noise_kernel(
     p_net,  # [NET_BITS, NET_COLUMNS] int64, or None without randomisations
     p_out,  # [K, B, D], contiguous: int64 words, or normals in float32 or float64
     sample_offset,  # address of the first sample
-    row_offset,  # address of the first row
+    row_offset,  # address of the first row, or -1
     level,  # level of the address
     K,  # samples
     B,  # rows
@@ -290,7 +296,7 @@ def noise_kernel(
             p_seed,
             p_net,
             o_k + sample_offset,
-            o_b + row_offset,
+            address_of_rows(o_b, row_offset),
             o_j,
             level,
             sample_offset.to(tl.int64) + K,
@@ -300,7 +306,7 @@ def noise_kernel(
         )
     else:
         b_w0, b_w1, b_w2, b_w3 = philox_words(
-            tl.load(p_seed), o_k + sample_offset, o_b + row_offset, o_j, level
+            tl.load(p_seed), o_k + sample_offset, address_of_rows(o_b, row_offset), o_j, level
         )
     if WORDS:
         b_out = interleaved(b_w0, b_w1, b_w2, b_w3, BLOCK_K, BLOCK_B, BLOCK_D).to(tl.int64)

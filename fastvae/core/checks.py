@@ -252,16 +252,52 @@ def check_seed(seed: Any, device: torch.device | None = None) -> Tensor:
     return seed
 
 
+# Row offset by which all rows share the noise of row 0.
+SHARED = -1
+
+
 def check_address(samples: int, rows: int, sample_offset: Any, row_offset: Any) -> tuple[int, int]:
-    """Validate the offsets of samples and rows, 32-bit words of the noise's address; return them as ints."""
+    """Validate the offsets of samples and rows, 32-bit words of the noise's address; return them as ints.
+
+    The row offset may be SHARED.
+    """
     sample_offset = as_int("sample_offset", sample_offset, "where the samples start in the noise's address")
     row_offset = as_int("row_offset", row_offset, "where the rows start in the noise's address")
     for what, count, offset in (("sample", samples, sample_offset), ("row", rows, row_offset)):
         if count < 0:
             raise ValueError(f"the number of {what}s must be at least 0, got {count}")
+        if what == "row" and offset == SHARED:
+            continue
         if offset < 0 or offset + count > 2**32:
             raise ValueError(
                 f"{what}_offset must lie in 0 … 2^32 − {count}, got {offset}: the noise address has "
                 f"2^32 {what}s, and {count} {what}s are asked for"
             )
     return sample_offset, row_offset
+
+
+def first_row(row_offset: Any, shared_noise: Any, samples: int, rows: int) -> int:
+    """Validate an objective's row_offset and shared_noise, and return the offset of its rows.
+
+    Raises:
+        TypeError: if shared_noise is not a bool.
+        ValueError: for a negative row_offset, or one next to shared_noise.
+    """
+    if type(shared_noise) is not bool:
+        raise TypeError(f"shared_noise must be True or False, got {shared_noise!r}")
+    if type(row_offset) is int and not row_offset:
+        return SHARED if shared_noise else 0
+    if shared_noise:
+        raise ValueError(
+            f"row_offset is {row_offset}, but with shared_noise=True all examples have the noise of row 0, "
+            "on every process; leave row_offset out"
+        )
+    row_offset = as_int("row_offset", row_offset, "where the rows start in the noise's address")
+    if row_offset == SHARED:
+        raise ValueError(f"row_offset must be at least 0, got {row_offset}; did you mean shared_noise=True?")
+    return check_address(samples, rows, 0, row_offset)[1]
+
+
+def later_row(row_offset: int, rows: int) -> int:
+    """Return the offset of the row that follows ``rows`` rows."""
+    return row_offset if row_offset == SHARED else row_offset + rows

@@ -72,7 +72,12 @@ def where_trusted(values: Tensor, record: Any) -> Tensor:
 
 
 def in_quadrature(values: Tensor, record: Any) -> float:
-    """Return the standard error of the mean, given independent standard errors."""
+    """Return the standard error of the mean, given independent standard errors, or its bound for shared noise.
+
+    Errors with shared noise may have any correlation; the mean's error is at most the mean of the errors.
+    """
+    if getattr(record, "left_out", None) is not None:
+        return float(values.mean())
     return float(values.square().sum().sqrt()) / len(values)
 
 

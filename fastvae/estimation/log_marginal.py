@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_address, check_count
+from ..core.checks import check_count, first_row
 from ..core.hints import teaches
 from ..core.nested import Conditioning
 from ..core.options import Noise, ProposalName
@@ -43,6 +43,7 @@ def log_marginal(
     context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
+    shared_noise: bool = False,
 ) -> LogMarginal:
     r"""Estimate log p(x) per example by importance sampling, streaming over chunks of the k draws.
 
@@ -98,6 +99,9 @@ def log_marginal(
         row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
             batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
             one process draws for the whole batch; without it they all draw the same noise. Default 0.
+        shared_noise: give all examples the noise of row 0, so that differences between the results of similar
+            examples, such as an image and its perturbation, lose the noise they have in common. Errors then
+            no longer average out over examples, so leave it off in training. Default False.
 
     Returns:
         :class:`LogMarginal`, each field [B]. The standard errors are NaN for k=1. Trust them and the
@@ -122,10 +126,9 @@ def log_marginal(
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     k = check_count("k", k, "the importance samples per example")
     chunks, proposal = Chunks(k_chunk), as_proposal(proposal, noise)
-    if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
+    row = first_row(row_offset, shared_noise, k, inputs.q.batch)
     seed = seed_of(noise, draw_seed(inputs.q.device, generator), RANDOMISATIONS)
-    draws = proposal.draws(inputs, seed, row_offset, k, chunks, kept_draws(k))
+    draws = proposal.draws(inputs, seed, row, k, chunks, kept_draws(k))
     total = draws.weights(0, k)
     assert total is not None
     w = draws.estimate(total)
@@ -147,6 +150,7 @@ def reconstruction_log_prob(
     context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
+    shared_noise: bool = False,
 ) -> Tensor:
     r"""Return the log of the mean likelihood of x over draws from its posterior; low values are anomalous.
 
@@ -184,6 +188,9 @@ def reconstruction_log_prob(
         row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
             batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
             one process draws for the whole batch; without it they all draw the same noise. Default 0.
+        shared_noise: give all examples the noise of row 0, so that differences between the results of similar
+            examples, such as an image and its perturbation, lose the noise they have in common. Errors then
+            no longer average out over examples, so leave it off in training. Default False.
 
     Returns:
         [B], in nats.
@@ -206,8 +213,7 @@ def reconstruction_log_prob(
     inputs = Inputs.read(x, q, decoder, likelihood, None, conditioning, compared=False)
     k = check_count("k", k, "the draws per example")
     chunks = Chunks(k_chunk)
-    if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
+    row = first_row(row_offset, shared_noise, k, inputs.q.batch)
     seed = draw_seed(inputs.q.device, generator)
-    w = _stream.weights(inputs, seed, 0, k, chunks, 1, ratio=False, row_offset=row_offset)
+    w = _stream.weights(inputs, seed, 0, k, chunks, 1, ratio=False, row_offset=row)
     return w.log_px.to(w.maximum.dtype)

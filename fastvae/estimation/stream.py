@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_count
+from ..core.checks import SHARED, check_count, later_row
 from ..core.nested import event_size
 from ..distributions import Distribution, draw_chunk, log_stratum_weights, rsample_log_prob
 from ..inputs.batch import Inputs
 from ..likelihoods.declared import Declared
 from ..random import randomisations_of
+from .sums import GROUPS
 from .weights import Weights
 
 
@@ -140,7 +141,8 @@ def spans_of(
         runs = [numbers[i:j] for i, j in pairwise([0, *cuts, len(numbers)])]
         parts: list[Any] = [inputs.q.rows(run[0], run[-1] + 1) for run in runs]
         if None not in parts:
-            return [(q, row_offset + run[0], None) for q, run in zip(parts, runs, strict=True)]
+            firsts = [later_row(row_offset, run[0]) for run in runs]
+            return [(q, first, None) for q, first in zip(parts, firsts, strict=True)]
     return [(inputs.q, row_offset, rows)]
 
 
@@ -174,12 +176,13 @@ def weights(
 
     The log weights of each chunk are appended to the list ``kept``, if given.
     """
+    groups = GROUPS if options.get("row_offset") == SHARED else 0
     total: Weights | None = None
     # One buffer: small tensors between the chunks' activations would fragment the heap, which grows with k.
     buffer, filled = None, 0
 
     def fold(log_w: Tensor) -> Weights:
-        part = Weights.of(log_w, tail, start - len(log_w), randomisations_of(seed))
+        part = Weights.of(log_w, tail, start - len(log_w), randomisations_of(seed), groups)
         return part if total is None else total.merge(part)
 
     for log_w in stream(inputs, seed, start, stop, chunks, **options):

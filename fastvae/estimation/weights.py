@@ -233,6 +233,23 @@ class Weights(WeightSums):
         """Upper end of the 95 % interval [B]."""
         return self._interval_of_summary[1]
 
+    @property
+    def left_out(self) -> Tensor:
+        """log_px without one group of the draws at a time [G, B]; [0, B] without groups.
+
+        For quasi-Monte-Carlo draws the groups are the randomisations.
+        """
+        sums = self.turns if len(self.turns) and len(self.groups) else self.groups
+        if not len(sums):
+            return sums
+        g = torch.arange(len(sums), device=sums.device)[:, None]
+        others = self.count - (self.count - g + len(sums) - 1) // len(sums)
+        # Adding the other groups' sums, not subtracting this one's: one draw may have nearly all the weight.
+        zero = sums.new_zeros(1, sums.shape[1])
+        before = torch.cat([zero, sums.cumsum(0)[:-1]])
+        after = torch.cat([sums.flip(0).cumsum(0).flip(0)[1:], zero])
+        return finite_shift(self.maximum).double() + torch.log(before + after) - torch.log(others.double())
+
     def summary(self, dtype: torch.dtype = torch.float64) -> LogMarginal:
         """Compute all estimates."""
         return LogMarginal(**{name: getattr(self, name).to(dtype) for name in ESTIMATES})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.checks import check_address, check_choice, check_count, check_weight
+from ..core.checks import check_choice, check_count, check_weight, first_row
 from ..core.hints import teaches
 from ..core.nested import Conditioning
 from ..core.options import REDUCTIONS, SAMPLINGS, Reduction, Sampling
@@ -86,6 +86,7 @@ def beta_tc(
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
+    shared_noise: bool = False,
 ) -> Tensor | BetaTCTerms:
     r"""Return the β-TCVAE objective, an ELBO with a separate weight for the total correlation of z.
 
@@ -147,6 +148,9 @@ def beta_tc(
         row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
             batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
             one process draws for the whole batch; without it they all draw the same noise. Default 0.
+        shared_noise: give all examples the noise of row 0, so that differences between the results of similar
+            examples, such as an image and its perturbation, lose the noise they have in common. Errors then
+            no longer average out over examples, so leave it off in training. Default False.
 
     Returns:
         A number in nats, or [B], or BetaTCTerms.
@@ -178,7 +182,7 @@ def beta_tc(
         )
     ]
     check_choice("reduction", reduction, REDUCTIONS)
-    _, row_offset = check_address(k, q.batch, 0, row_offset)
+    row = first_row(row_offset, shared_noise, k, q.batch)
     if prior.per_row:
         raise ValueError(
             "beta_tc needs one prior for all examples, which the aggregate posterior is compared with; the "
@@ -189,12 +193,12 @@ def beta_tc(
     log_n = math.log(dataset_size) if size is None else 0.0
     means: list[Tensor] = []
     if not terms and _one_ratio(q, weights):
-        z, log_ratio = draw_ratio(q, prior, k, seed, row_offset)
+        z, log_ratio = draw_ratio(q, prior, k, seed, row)
         whole, dimensions = _aggregate(q, z, size, log_n)
         correlation = (whole - dimensions).reshape(log_ratio.shape)
         term = _less(times(weights[0], log_ratio), weights[1] - weights[0], correlation)
     else:
-        z, log_q = rsample_as_stored(q, k, seed, row_offset=row_offset)
+        z, log_q = rsample_as_stored(q, k, seed, row_offset=row)
         whole, dimensions = _aggregate(q, z, size, log_n)
         log_p = prior.log_prob(z)
         parts = log_q - whole, whole - dimensions, dimensions - log_p

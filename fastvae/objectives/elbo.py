@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.checks import check_address, check_choice, check_count, check_weight, may_look
+from ..core.checks import check_choice, check_count, check_weight, first_row, may_look
 from ..core.hints import teaches
 from ..core.nested import Conditioning
 from ..core.options import FREE_BITS_PER, KL, KLS, REDUCTIONS, FreeBitsPer, Reduction
@@ -62,6 +62,7 @@ def elbo(
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
+    shared_noise: bool = False,
 ) -> Tensor | Terms:
     r"""Return the ELBO, to be maximised.
 
@@ -120,6 +121,9 @@ def elbo(
         row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
             batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
             one process draws for the whole batch; without it they all draw the same noise. Default 0.
+        shared_noise: give all examples the noise of row 0, so that differences between the results of similar
+            examples, such as an image and its perturbation, lose the noise they have in common. Errors then
+            no longer average out over examples, so leave it off in training. Default False.
 
     Returns:
         A number in nats, or [B], or Terms.
@@ -141,6 +145,7 @@ def elbo(
         (mask is None and size_factor is None and context is None and not terms)
         and not torch.compiler.is_compiling()
         and (type(k) is int and k > 0 and type(row_offset) is int and row_offset == 0)
+        and shared_noise is False
         and (type(beta) is float and 0 < beta < math.inf and type(free_bits) is float and free_bits == 0)
         and (kl == "analytic" and free_bits_per in FREE_BITS_PER and reduction in REDUCTIONS)
     ):
@@ -157,12 +162,11 @@ def elbo(
         raise ValueError(
             "free_bits needs the KL of each dimension, which kl='mc' does not have; use kl='analytic'"
         )
-    if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(k, q.batch, 0, row_offset)
+    row = first_row(row_offset, shared_noise, k, q.batch)
     seed = draw_seed(inputs.q.device, generator)
     coefficient, factor = _weight_of_kl(beta, q)
     shares = None
-    drawn = draw_kl(q, prior, k, seed, row_offset, has_free_bits) if kl == "analytic" else None
+    drawn = draw_kl(q, prior, k, seed, row, has_free_bits) if kl == "analytic" else None
     if drawn is not None:
         z, term = drawn
         if has_free_bits:
@@ -172,9 +176,9 @@ def elbo(
         if kl == "analytic":
             _without_closed_form(q, prior, has_free_bits)
         if q.strata > 1:
-            z, term, shares = draw_strata(q, prior, k, seed, row_offset)
+            z, term, shares = draw_strata(q, prior, k, seed, row)
         else:
-            z, term = draw_ratio(q, prior, k, seed, row_offset)
+            z, term = draw_ratio(q, prior, k, seed, row)
     if coefficient == 0:
         term = _unweighted(term)
     how = BoundReduction(coefficient, "mean", "none" if terms else reduction)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..core.checks import check_address, check_choice, check_count
+from ..core.checks import check_choice, check_count, first_row
 from ..core.hints import teaches
 from ..core.nested import Conditioning
 from ..core.options import ESTIMATORS, REDUCTIONS, Estimator, Noise, Reduction
@@ -63,6 +63,7 @@ def iwae(
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
+    shared_noise: bool = False,
 ) -> Tensor | Terms:
     r"""Return the importance-weighted bound (IWAE), to be maximised.
 
@@ -128,6 +129,9 @@ def iwae(
         row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
             batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
             one process draws for the whole batch; without it they all draw the same noise. Default 0.
+        shared_noise: give all examples the noise of row 0, so that differences between the results of similar
+            examples, such as an image and its perturbation, lose the noise they have in common. Errors then
+            no longer average out over examples, so leave it off in training. Default False.
 
     Returns:
         A number in nats, or [B], or Terms.
@@ -152,6 +156,7 @@ def iwae(
         (how is not None and mask is None and size_factor is None and context is None)
         and not torch.compiler.is_compiling()
         and (type(k) is int and k > 0 and type(row_offset) is int and row_offset == 0)
+        and shared_noise is False
         and estimator in _ONE_PASS
     ):
         usual = usual_bound(x, q, decoder, likelihood, prior, k, how, estimator, generator)
@@ -162,16 +167,15 @@ def iwae(
         k = check_count("k", k, "the importance samples per example")
     if estimator not in ESTIMATORS:
         check_choice("estimator", estimator, ESTIMATORS)
+    row = first_row(row_offset, shared_noise, k, inputs.q.batch)
     if how is not None:
         # Fast path: call the two ops directly.
-        if type(row_offset) is not int or row_offset:
-            _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
         if estimator == "dreg":
             check_rows_apart(inputs.decoder, k, "estimator='dreg'")
         seed = draw_seed(inputs.q.device, generator)
-        z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
+        z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row, estimator)
         return reduce_draws(inputs, z, log_ratio, k, None, how, False)[0]
-    options = k_chunk, noise, reduction, terms, generator, row_offset
+    options = k_chunk, noise, reduction, terms, generator, row
     return _bound(inputs, _IWAE[estimator], None, k, *options)
 
 
@@ -225,6 +229,7 @@ def bound(
     terms: bool = False,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
+    shared_noise: bool = False,
 ) -> Tensor | Terms:
     r"""Return any bound of :mod:`fastvae.bounds`, to be maximised, optionally with another for the encoder.
 
@@ -286,6 +291,9 @@ def bound(
         row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
             batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
             one process draws for the whole batch; without it they all draw the same noise. Default 0.
+        shared_noise: give all examples the noise of row 0, so that differences between the results of similar
+            examples, such as an image and its perturbation, lose the noise they have in common. Errors then
+            no longer average out over examples, so leave it off in training. Default False.
 
     Returns:
         A number in nats, or [B], or Terms.
@@ -315,7 +323,8 @@ def bound(
                 f"{name} must be a bound of fastvae.bounds, such as fastvae.bounds.IWAE(); got {value!r}"
             )
         value.check(k)
-    options = k_chunk, noise, reduction, terms, generator, row_offset
+    row = first_row(row_offset, shared_noise, k, inputs.q.batch)
+    options = k_chunk, noise, reduction, terms, generator, row
     return _bound(inputs, objective, q_objective, k, *options)
 
 
@@ -329,14 +338,12 @@ def _bound(
     reduction: Reduction,
     terms: bool,
     generator: torch.Generator | None,
-    row_offset: int,
+    row: int,
 ) -> Tensor | Terms:
     if reduction not in REDUCTIONS:
         check_choice("reduction", reduction, REDUCTIONS)
     if k_chunk is not None:
         k_chunk = check_count("k_chunk", k_chunk, "the samples trained on at a time")
-    if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(draws, inputs.q.batch, 0, row_offset)
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
     how = objective.fused_reduction("none" if terms else reduction) if q_objective is None else None
     if inputs.q.strata > 1 and (how is None or not how.is_plain or how.over == "mean"):
@@ -353,7 +360,7 @@ def _bound(
         )
     if how is not None and whole:
         dreg = (how.alpha if how.over == "log_mean_exp" else 1.0), how.groups
-        z, log_ratio = draw_ratio(inputs.q, inputs.prior, draws, seed, row_offset, objective.estimator, *dreg)
+        z, log_ratio = draw_ratio(inputs.q, inputs.prior, draws, seed, row, objective.estimator, *dreg)
         value, log_likelihood, output = reduce_draws(inputs, z, log_ratio, draws, None, how, terms)
     else:
         source = objective if q_objective is None else q_objective
@@ -361,7 +368,7 @@ def _bound(
         route = source.estimator if tied else source.route
         narrow = Float16Gradients(inputs)
         if whole:
-            z, log_ratio, q_grad = draw_chunk(inputs.q, inputs.prior, draws, seed, 0, row_offset, route)
+            z, log_ratio, q_grad = draw_chunk(inputs.q, inputs.prior, draws, seed, 0, row, route)
             output = inputs.output(z.flatten(0, 1), draws) if terms else None
             log_likelihood = inputs.log_likelihood(z, narrow.see, output)
             z = z.flatten(0, 1)
@@ -369,7 +376,7 @@ def _bound(
             assert k_chunk is not None
             # A compiled checkpoint cannot mutate outer state, so only parameters and autocast are examined.
             see = None if torch.compiler.is_compiling() else narrow.see
-            drawn = chunked(inputs, seed, draws, k_chunk, route, row_offset, see)
+            drawn = chunked(inputs, seed, draws, k_chunk, route, row, see)
             log_likelihood, log_ratio, q_grad = drawn
         if q_grad is None and how is not None and how.is_plain:
             value, log_likelihood = reduce_samples(log_likelihood, log_ratio, None, how)

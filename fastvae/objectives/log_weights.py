@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_address, check_choice, check_count
+from ..core.checks import check_choice, check_count, first_row
 from ..core.hints import teaches
 from ..core.nested import Conditioning
 from ..core.options import ESTIMATORS, Estimator, Noise
@@ -46,6 +46,7 @@ def log_weights(
     context: Any = None,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
+    shared_noise: bool = False,
 ) -> LogWeights:
     r"""Return log importance weights of k draws, in two parts, to build your own objective from.
 
@@ -89,6 +90,9 @@ def log_weights(
         row_offset: index of x's first row in the noise's address. Processes that share a seed and split a
             batch each pass the index of their first row, such as ``rank * len(x)``, to draw the noise that
             one process draws for the whole batch; without it they all draw the same noise. Default 0.
+        shared_noise: give all examples the noise of row 0, so that differences between the results of similar
+            examples, such as an image and its perturbation, lose the noise they have in common. Errors then
+            no longer average out over examples, so leave it off in training. Default False.
 
     Returns:
         :class:`LogWeights` (log_likelihood, log_ratio), each [K, B].
@@ -111,10 +115,9 @@ def log_weights(
     inputs = Inputs.read(x, q, decoder, likelihood, prior, Conditioning.of(mask, size_factor, context))
     k = check_count("k", k, "the importance samples per example")
     check_choice("estimator", estimator, ESTIMATORS)
-    if type(row_offset) is not int or row_offset:
-        _, row_offset = check_address(k, inputs.q.batch, 0, row_offset)
+    row = first_row(row_offset, shared_noise, k, inputs.q.batch)
     if estimator == "dreg":
         check_rows_apart(inputs.decoder, k, "estimator='dreg'")
     seed = seed_of(noise, draw_seed(inputs.q.device, generator))
-    z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row_offset, estimator)
+    z, log_ratio = draw_ratio(inputs.q, inputs.prior, k, seed, row, estimator)
     return LogWeights(inputs.log_likelihood(z.unflatten(0, (k, -1))), log_ratio)

@@ -58,6 +58,7 @@ class BoundOptions(TypedDict, total=False):
     reduction: Reduction
     generator: torch.Generator | None
     row_offset: int
+    shared_noise: bool
 
 
 class ElboOptions(BoundOptions, total=False):

@@ -98,7 +98,8 @@ def rsample_kl(
         seed: int64 tensor with no dimensions that fixes the noise; default: drawn from ``generator``.
         generator: source of the seed; default torch's own, so that ``torch.manual_seed`` applies.
         sample_offset: index of the first sample, for a chunk of a larger draw. Default: 0.
-        row_offset: index of the first row, for a shard of a larger batch. Default: 0.
+        row_offset: index of the first row, for a shard of a larger batch; −1 gives all rows the noise of
+            row 0. Default: 0.
 
     Returns:
         z [K, B, D] (or [B, D] without ``k``) in the inputs' dtype, and the KL in nats, [B] or [B, D],
@@ -162,7 +163,8 @@ def rsample_log_ratio(
         seed: int64 tensor with no dimensions that fixes the noise; default: drawn from ``generator``.
         generator: source of the seed; default torch's own, so that ``torch.manual_seed`` applies.
         sample_offset: index of the first sample, for a chunk of a larger draw. Default: 0.
-        row_offset: index of the first row, for a shard of a larger batch. Default: 0.
+        row_offset: index of the first row, for a shard of a larger batch; −1 gives all rows the noise of
+            row 0. Default: 0.
         paths: return zeros [K, B], too, an alternative to ``"dreg"``: their upstream gradient, instead of the
             ratio's, reaches mu and logvar, through z and without the score of q.
 

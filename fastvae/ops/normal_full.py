@@ -71,7 +71,8 @@ def rsample_tril(
         seed: int64 tensor with no dimensions that fixes the noise; default: drawn from ``generator``.
         generator: source of the seed; default torch's own, so that ``torch.manual_seed`` applies.
         sample_offset: index of the first sample, for a chunk of a larger draw. Default: 0.
-        row_offset: index of the first row, for a shard of a larger batch. Default: 0.
+        row_offset: index of the first row, for a shard of a larger batch; −1 gives all rows the noise of
+            row 0. Default: 0.
 
     Returns:
         z [K, B, D] in the inputs' dtype, and the log density in nats [K, B] in float32 (float64 for float64

@@ -54,7 +54,8 @@ def words(
     device = seed.device
     blocks = -(-columns // 4)
     block = torch.arange(blocks, device=device).view(1, 1, blocks)
-    row = (torch.arange(rows, device=device) + row_offset).view(1, rows, 1)
+    # Offset -1: all rows share the noise of row 0.
+    row = (torch.arange(rows, device=device) + row_offset) * (row_offset >= 0)
     sample = (torch.arange(samples, device=device) + sample_offset).view(samples, 1, 1)
     in_net = None
     if seed.dim():
@@ -63,7 +64,7 @@ def words(
         seed = seed[turn]
         in_net = (block < NET_COLUMNS // 4) & (level == 0)
         sample = torch.where(in_net, 0, sample)
-    block, row, sample = torch.broadcast_tensors(block, row, sample)
+    block, row, sample = torch.broadcast_tensors(block, row.view(1, rows, 1), sample)
     key = (seed & _MASK, (seed >> 32) & _MASK)
     result = torch.stack(philox((block, row, sample, torch.full_like(block, level)), key), dim=-1)
     if in_net is not None:

@@ -38,6 +38,7 @@ class BatchEstimator:
         """Evaluate the batch with this index, whose first example has index ``row`` in the data."""
         latent = latent_statistics(inputs.q, inputs.prior)
         plan, tol = self._plan, self._plan.tol
+        row = plan.row(row)
         if not self._rows_checked and tol is not None and inputs.q.batch > 1:
             check_rows(inputs, self._key(inputs), row, plan.chunks, tol)
             self._rows_checked = True
@@ -52,13 +53,15 @@ class BatchEstimator:
             latent=latent,
             dims=event_size(inputs.x),
             curve=torch.stack(curve).cpu().numpy(),
+            left_out=estimated.left_out.cpu().numpy(),
             examples=Examples(**estimates, k=estimated.count.cpu(), elbo=draws.elbo(total).cpu()),
         )
 
     def first_draw(self, inputs: Inputs, row: int) -> np.ndarray:
         """Return the log weights of the batch's first draw [B], by this process alone."""
         plan = self._plan
-        draws = plan.proposal.draws(inputs, self._key(inputs), row, 1, plan.chunks, kept_draws(1))
+        place = plan.row(row)
+        draws = plan.proposal.draws(inputs, self._key(inputs), place, 1, plan.chunks, kept_draws(1))
         total = draws.weights(0, 1)
         assert total is not None
         return draws.estimate(total).log_px.cpu().numpy()

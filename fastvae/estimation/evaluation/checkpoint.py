@@ -94,7 +94,7 @@ def _resolved(path: Path) -> Path:
 
 
 # Defaults of settings that are written only if they differ.
-_UNSAID = {"noise": "philox", "proposal": "Posterior()"}
+_UNSAID = {"noise": "philox", "proposal": "Posterior()", "shared_noise": False}
 
 
 class Store:

@@ -48,6 +48,7 @@ def evaluate(
     shard: Shard = "data",
     progress: bool = True,
     generator: torch.Generator | None = None,
+    shared_noise: bool = False,
 ) -> Evaluation:
     r"""Estimate log p(x) of every example of a data set by importance sampling, with errors and diagnostics.
 
@@ -114,6 +115,10 @@ def evaluate(
             alone, and others need not call evaluate.
         progress: show a progress bar with the current NLL. Default True.
         generator: source of the noise. Default: torch's global random state.
+        shared_noise: give all examples the same noise, and so also another model's evaluation with the same
+            ``generator`` state. Differences of log p(x), between similar examples or between models, then
+            lose the noise they have in common: :meth:`Evaluation.delta` returns them with their own standard
+            error. The error of the mean over examples is larger. Default False.
 
     Returns:
         :class:`Evaluation`.
@@ -136,7 +141,7 @@ def evaluate(
     """
     model = Model.of(vae)
     check_prepare_batch(prepare_batch)
-    plan = Plan.read(k, tol, k_chunk, noise, proposal)
+    plan = Plan.read(k, tol, k_chunk, noise, proposal, shared_noise)
     if audit:
         audit = check_count("audit", audit, "the examples that are estimated once more")
     check_choice("shard", shard, SHARDS)

@@ -40,6 +40,7 @@ class Part:
     latent: np.ndarray
     dims: int  # elements in one example
     curve: np.ndarray  # [R, n]: the bound after each recorded number of draws
+    left_out: np.ndarray  # [G, n]: log_px without each group of draws; [0, n] unless the noise is shared
     examples: Examples
 
     def __len__(self) -> int:
@@ -47,6 +48,8 @@ class Part:
 
 
 _PER_BATCH = ("index", "digest", "latent", "dims")
+# Arrays with a column for each example.
+_BY_COLUMN = ("curve", "left_out")
 # dtype kind and number of axes of each array of packed parts.
 _PACKED = dict.fromkeys(PER_EXAMPLE, ("f", 1)) | {
     "index": ("i", 1),
@@ -55,6 +58,7 @@ _PACKED = dict.fromkeys(PER_EXAMPLE, ("f", 1)) | {
     "dims": ("i", 1),
     "k": ("i", 1),
     "curve": ("f", 2),
+    "left_out": ("f", 2),
     "sizes": ("i", 1),
 }
 
@@ -63,7 +67,8 @@ def pack(parts: list[Part]) -> dict[str, np.ndarray]:
     """Pack parts, at least one, into arrays for np.savez."""
     arrays = {name: np.stack([np.asarray(getattr(p, name)) for p in parts]) for name in _PER_BATCH}
     arrays["sizes"] = np.array([len(p) for p in parts])
-    arrays["curve"] = np.concatenate([p.curve for p in parts], -1)
+    for name in _BY_COLUMN:
+        arrays[name] = np.concatenate([getattr(p, name) for p in parts], -1)
     return arrays | {name: v.numpy() for name, v in joined([p.examples for p in parts]).items()}
 
 
@@ -95,6 +100,6 @@ def _part(arrays: dict[str, np.ndarray], index: int, rows: slice) -> Part:
         digest=arrays["digest"][index],
         latent=arrays["latent"][index],
         dims=int(arrays["dims"][index]),
-        curve=arrays["curve"][:, rows],
+        **{name: arrays[name][:, rows] for name in _BY_COLUMN},
         examples=Examples(**estimates),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.checks import check_choice, check_count, check_number
+from ...core.checks import SHARED, check_choice, check_count, check_number, first_row
 from ...random import NOISES
 from ..proposals import Posterior, Proposal, as_proposal
 from ..stream import Chunks
@@ -13,7 +13,7 @@ from ..sums import kept_draws
 from ..weights import ESTIMATES
 
 FIRST_LOOK = 100  # draws before the stopping criterion is first evaluated
-FORMAT = 3  # version of the checkpoint's arrays other than the estimates, which its settings name
+FORMAT = 4  # version of the checkpoint's arrays other than the estimates, which its settings name
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,17 @@ class Plan:
     chunks: Chunks
     noise: str
     proposal: Proposal
+    shared_noise: bool
 
     @classmethod
     def read(
-        cls, k: int | None, tol: float | None, k_chunk: int | None, noise: str, proposal: str | Proposal
+        cls,
+        k: int | None,
+        tol: float | None,
+        k_chunk: int | None,
+        noise: str,
+        proposal: str | Proposal,
+        shared_noise: bool,
     ) -> Plan:
         """Validate the arguments of :func:`fastvae.evaluate`."""
         if k is not None:
@@ -40,7 +47,12 @@ class Plan:
             raise ValueError("tol must be greater than 0, got 0: any finite number of draws has an error")
         check_choice("noise", noise, NOISES)
         k = k or (5000 if tol is None else 100_000)
-        return cls(k, tol, Chunks(k_chunk), noise, as_proposal(proposal, noise))
+        first_row(0, shared_noise, k, 0)
+        return cls(k, tol, Chunks(k_chunk), noise, as_proposal(proposal, noise), shared_noise)
+
+    def row(self, index: int) -> int:
+        """Return the address of the row with this index in the data."""
+        return SHARED if self.shared_noise else index
 
     @property
     def looks(self) -> list[int]:
@@ -68,4 +80,6 @@ class Plan:
             settings["noise"] = self.noise
         if self.proposal != Posterior():
             settings["proposal"] = repr(self.proposal)
+        if self.shared_noise:
+            settings["shared_noise"] = True
         return settings

@@ -37,7 +37,7 @@ def _draws(result: Any) -> str:
     fewest, most = int(result.k.min()), int(result.k.max())
     if fewest != most:
         return f"{fewest} to {most} draws, {float(result.k.double().mean()):.0f} on average"
-    return f"{most} draw{'s' * (most > 1)} each"
+    return f"{most} draw{'s' * (most > 1)} each{', the same for all' * (result.left_out is not None)}"
 
 
 def _over_examples(result: Any) -> str:

@@ -17,6 +17,7 @@ from ..estimates import UNTRUSTED, in_quadrature, nll, nll_where_trusted, where_
 from ..weights import ESTIMATES
 from .audit import Audit
 from .checkpoint import write_arrays
+from .delta import Delta, delta, jackknife_stderr
 from .latents import latents_of
 from .parts import PER_EXAMPLE, Examples, Part, joined
 from .report import report
@@ -49,6 +50,9 @@ class Evaluation(Examples):
     draws."""
     dims: float
     """Number of elements in an example, X; the mean if examples differ in size."""
+    left_out: Tensor | None = None
+    """log_px without one of 32 groups of the draws at a time [32, N], for the errors of :meth:`delta`; None
+    unless shared_noise. For ``noise="qmc"`` the groups are the 8 randomisations."""
     audit: Audit | None = None
     """Audit of some examples by annealed importance sampling; None if not requested."""
 
@@ -88,12 +92,46 @@ class Evaluation(Examples):
     def nll_interval(self) -> tuple[float, float]:
         """Ends of a 95 % interval over the draws for the NLL of these examples, around nll_jackknife.
 
-        The half widths of the examples' intervals are added in quadrature. The lower end is −∞ if one of them
-        is unbounded above.
+        The half widths of the examples' intervals are added in quadrature, or averaged if the noise is
+        shared. The lower end is −∞ if one of them is unbounded above.
         """
-        center, n = where_trusted(self.jackknife, self), len(self.log_px)
-        up, down = (float(v.square().sum().sqrt()) / n for v in (self.high - center, center - self.low))
+        center = where_trusted(self.jackknife, self)
+        up, down = (in_quadrature(v, self) for v in (self.high - center, center - self.low))
         return -float(center.mean()) - up, -float(center.mean()) + down
+
+    def delta(self, reference: Evaluation | int) -> Delta:
+        r"""Return log p(x) − log p(x₀) of each example with its standard error over the draws.
+
+        .. math:: \delta = \log \hat p(x) - \log \hat p(x_0), \quad
+                  \mathrm{stderr}^2 = \frac{G - 1}{G} \sum_{g=1}^{G} (\delta_{(g)} - \bar\delta)^2
+
+        where :math:`\delta_{(g)}` leaves out group g of the draws: the jackknife, which includes the
+        covariance of the two estimates.
+
+        Args:
+            reference: the index of the example x₀; or another Evaluation of one example, x₀, or of as many
+                examples as this one, compared one by one, such as another model's of the same data. Evaluate
+                both with ``shared_noise=True`` and generators in the same state; with different noise the
+                result is right, and its error larger.
+
+        Returns:
+            :class:`Delta`. As for log_px, trust it where k̂ of both examples is below 0.7.
+
+        Raises:
+            TypeError, IndexError: for another reference.
+            ValueError: for an evaluation without shared_noise, or with another number of examples or groups.
+
+        Example:
+            >>> import torch, fastvae
+            >>> vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), likelihood="bernoulli")
+            >>> x = torch.rand(1, 8).round().repeat(5, 1)
+            >>> x[range(1, 5), range(1, 5)] = 1 - x[range(1, 5), range(1, 5)]  # four mutants
+            >>> result = vae.evaluate(x, k=200, shared_noise=True, progress=False)
+            >>> value, stderr = result.delta(0)
+            >>> value.shape, bool((stderr < result.log_px_stderr + result.log_px_stderr[0]).all())
+            (torch.Size([5]), True)
+        """
+        return delta(self, reference)
 
     def __str__(self) -> str:
         return report(self)
@@ -164,6 +202,9 @@ def _fields_of(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         elif name in PER_EXAMPLE:
             _check_array(name, value, np.int64 if name == "k" else np.float64, (n,))
             values[name] = torch.from_numpy(value)
+        elif name == "left_out":
+            _check_array(name, value, np.float64, (len(value), n))
+            values[name] = torch.from_numpy(value)
         elif name == "kl_per_dim":
             _check_array(name, value, np.float64, (len(value),))
             values[name] = torch.from_numpy(value)
@@ -208,8 +249,8 @@ def _check_values(values: dict[str, Any]) -> None:
         "bits_per_dim must be nll / (dims log 2)": _same(
             values["bits_per_dim"] * values["dims"] * math.log(2), values["nll"]
         ),
-        "mc_stderr must be that of log_px_stderr": _same(
-            values["mc_stderr"], float(values["log_px_stderr"].square().sum().sqrt()) / n
+        "mc_stderr must be that of the examples": _same(
+            values["mc_stderr"], _mc_stderr(values["log_px_stderr"], values["left_out"])
         ),
         "audit must be of these examples": audit is None
         or not bool(((audit.examples < 0) | (audit.examples >= n)).any()),
@@ -237,18 +278,30 @@ def combine(parts: list[Part], looks: list[int]) -> Evaluation:
     total = sum(p.dims * len(p) for p in parts)
     mean = nll(log_px, examples)
     active, kl = latents_of(parts)
-    curve = torch.from_numpy(np.concatenate([p.curve for p in parts], -1))
+    curve, left_out = (
+        torch.from_numpy(np.concatenate([getattr(p, name) for p in parts], -1))
+        for name in ("curve", "left_out")
+    )
+    groups = left_out[: int(examples.k.max())] if len(left_out) else None  # the others have no draws
     return Evaluation(
         **vars(examples),
         nll=mean,
         stderr=_standard_error(log_px),
-        mc_stderr=in_quadrature(examples.log_px_stderr, examples),
+        mc_stderr=_mc_stderr(examples.log_px_stderr, groups),
         bits_per_dim=mean * n / (total * math.log(2)) if total else math.nan,
         active_units=active,
         kl_per_dim=kl,
         curve=[(k, nll(v, examples), _standard_error(v)) for k, v in zip(looks, curve, strict=True)],
         dims=total / n,
+        left_out=groups,
     )
+
+
+def _mc_stderr(stderr: Tensor, left_out: Tensor | None) -> float:
+    """Return the standard error over the draws of the mean of log_px."""
+    if left_out is None:
+        return float(stderr.square().sum().sqrt()) / len(stderr)
+    return float(jackknife_stderr(left_out.mean(1, keepdim=True)))
 
 
 def _warn_about(what: str, which: Tensor, advice: str) -> None:
