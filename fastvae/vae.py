@@ -13,7 +13,7 @@ from torch import distributions as td
 
 from .core.checks import FLOATING, INTEGERS, check_choice, check_count
 from .core.hints import teaches
-from .core.nested import called, decoded, each, tensors
+from .core.nested import Conditioning, as_mask, called, decoded, each, repeat, tensors, where_observed
 from .core.options import OBJECTIVES, Objective
 from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
 from .distributions.base import as_module
@@ -21,9 +21,12 @@ from .distributions.tensors import tensors_of
 from .distributions.words import known_mean
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .estimation.evaluation import Evaluation, evaluate
+from .estimation.imputation import Imputation, impute, posterior_mean
 from .estimation.log_marginal import log_marginal as _log_marginal
 from .estimation.log_marginal import reconstruction_log_prob as _reconstruction_log_prob
+from .estimation.stream import Chunks
 from .estimation.weights import LogMarginal
+from .inputs.batch import Inputs
 from .inputs.functions import as_registered
 from .inputs.last_layer import called_by, may_end_in_a_layer, run_to_last_layer
 from .inputs.misread import look_at_structure
@@ -38,6 +41,7 @@ from .objectives.iwae import iwae as _iwae
 from .objectives.options import Terms
 from .objectives.wake_sleep import simulate, sleep
 from .ops.head import FEWEST_NUMBERS
+from .random import draw_seed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -305,10 +309,11 @@ class VAE(nn.Module):
         return self.posterior, decoder, self.likelihood, self.prior
 
     @torch.no_grad()
-    def reconstruction_log_prob(self, x: Any, k: int = 100, **options: Any) -> Tensor:
+    def reconstruction_log_prob(self, x: Any, k: int = 100, **options: Any) -> Any:
         """Return :func:`fastvae.reconstruction_log_prob` of x, [B]; options are its keyword arguments.
 
-        Its negative is an anomaly score, by An and Cho's reconstruction probability. Minus
+        Its negative is an anomaly score, by An and Cho's reconstruction probability; with
+        ``elementwise=True`` it is that of each element of x, [B, *event]. Minus
         :meth:`log_marginal` is the other usual score, which also penalises latents that are rare under the
         prior.
         """
@@ -353,13 +358,170 @@ class VAE(nn.Module):
 
     @teaches
     @torch.no_grad()
-    def reconstruct(self, x: Any, *, context: Any = None) -> Any:
-        """Return the mean of p(x|z) at the mean of q(z|x), [B, *event]."""
+    def reconstruct(
+        self, x: Any, k: int | None = None, *, context: Any = None, generator: torch.Generator | None = None
+    ) -> Any:
+        r"""Return the mean of p(x'|z) at the mean of q(z|x), or over the posterior p(z|x): [B, \*event].
+
+        .. math:: E[x' | x] \approx \sum_{k=1}^{K} \tilde w_k\, E[x' | z_k], \quad z_k \sim q(z|x), \quad
+                  \tilde w_k \propto p(x, z_k) / q(z_k|x)
+
+        A q trained by IWAE covers p(z|x), and its mean may lie where p(z|x) is small: give a k.
+
+        Args:
+            x: data [B, \*event]; a dict of such tensors for a Joint.
+            k: importance samples of the mean over p(z|x). Default: None, the mean of q(z|x).
+            context: conditioning input of encoder, decoder and prior. Default: none.
+            generator: source of the noise, with a k. Default: torch's global random state.
+
+        Raises:
+            ValueError: without a k, for a q whose mean is not known.
+        """
+        if k is not None:
+            return posterior_mean(*self._weighted(x, x, k, None, None, context, generator))[0]
+        mean, latent = self._posterior_mean(x, context)
+        return self.likelihood.mean(self._decode(mean, context, latent))
+
+    @teaches
+    @torch.no_grad()
+    def impute(
+        self,
+        x: Any,
+        mask: Any,
+        *,
+        k: int = 1000,
+        draws: int = 0,
+        fill: float = 0.0,
+        k_chunk: int | None = None,
+        context: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Imputation:
+        r"""Return means and draws of the missing elements of x, given the observed ones.
+
+        .. math:: E[x_m | x_o] \approx \sum_{k=1}^{K} \tilde w_k\, E[x_m | z_k], \quad
+                  z_k \sim q(z|x_o), \quad \tilde w_k \propto p(x_o | z_k)\, p(z_k) / q(z_k|x_o)
+
+        Draws are of z by these weights, and then of x from p(x|z). Train the model with ``vae.iwae(filled,
+        mask=mask)``, filled being ``torch.where(mask, x, fill)``.
+
+        Args:
+            x: data [B, \*event], of any value where they are missing, NaN included; a dict for a Joint.
+            mask: bool, [B, \*event] or [\*event], True for observed elements; a dict for a Joint.
+            k: importance samples. Default 1000.
+            draws: number of draws of each example. Default 0.
+            fill: value that the encoder gets in place of missing elements, as in training. Default 0.
+            k_chunk: samples per chunk, which bounds memory and changes results only by rounding. Default: as
+                for :func:`fastvae.log_marginal`.
+            context: conditioning input of encoder, decoder and prior. Default: none.
+            generator: source of the noise. Default: torch's global random state.
+
+        Returns:
+            :class:`fastvae.estimation.imputation.Imputation`: ``mean`` and ``draws``, which are x where it is
+            observed, and ``ess`` and ``khat`` [B] of the weights. The mean of a categorical likelihood is
+            that of the class index: use draws.
+
+        Raises:
+            TypeError, ValueError: for an invalid argument; for a multinomial likelihood; for draws of an
+                example whose weights are NaN or all 0.
+
+        References:
+            Mattei & Frellsen, MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets, 2019,
+            eq. 12 and 13.
+
+        Example:
+            >>> import torch, fastvae
+            >>> vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), likelihood="bernoulli")
+            >>> x, mask = torch.rand(16, 8).round(), torch.rand(16, 8) > 0.3
+            >>> found = vae.impute(x, mask, k=50, draws=3)
+            >>> found.mean.shape, found.draws.shape, bool((found.mean == x)[mask].all())
+            (torch.Size([16, 8]), torch.Size([3, 16, 8]), True)
+        """
+        if type(draws) is not int or draws:
+            draws = check_count("draws", draws, "the draws of each example")
+        mask = as_mask(mask, x)
+        seen = where_observed(x, mask, fill)
+        inputs, seed, k, chunks = self._weighted(x, seen, k, k_chunk, mask, context, generator)
+        return impute(inputs, seed, k, draws, chunks, generator)
+
+    @teaches
+    @torch.no_grad()
+    def interpolate(self, first: Any, last: Any, steps: int = 9, *, context: Any = None) -> Any:
+        """Return the means of p(x|z) on the line between the means of q(z|first) and q(z|last).
+
+        Args:
+            first: data [B, *event].
+            last: data [B, *event].
+            steps: points on the line, with both ends. Default 9.
+            context: conditioning input of encoder and decoder. Default: none.
+
+        Returns:
+            [steps, B, *event]; a dict of such tensors for a Joint.
+
+        Raises:
+            ValueError: for a q whose mean is not known.
+        """
+        steps = check_count("steps", steps, "the points of the line")
+        begin, latent = self._posterior_mean(first, context)
+        end, _ = self._posterior_mean(last, context)
+        share = torch.linspace(0, 1, steps, dtype=begin.dtype, device=begin.device).view(-1, 1, 1)
+        return self._means(torch.lerp(begin, end, share), context, latent)
+
+    @teaches
+    @torch.no_grad()
+    def traverse(self, x: Any, latent: int, values: Tensor | Sequence[float], *, context: Any = None) -> Any:
+        """Return the means of p(x|z) as one latent takes these values, the others at the mean of q(z|x).
+
+        Args:
+            x: data [B, *event].
+            latent: index of the latent, among D.
+            values: values of the latent, such as ``torch.linspace(-3, 3, 7)``.
+            context: conditioning input of encoder and decoder. Default: none.
+
+        Returns:
+            [len(values), B, *event]; a dict of such tensors for a Joint.
+
+        Raises:
+            ValueError: for a q whose mean is not known.
+            IndexError: for an unknown latent.
+        """
+        mean, shape = self._posterior_mean(x, context)
+        if not -mean.shape[1] <= latent < mean.shape[1]:
+            raise IndexError(f"latent is {latent}, but there are {mean.shape[1]} latents")
+        points = torch.as_tensor(values, dtype=mean.dtype, device=mean.device)
+        z = mean.repeat(len(points), 1, 1)
+        z[:, :, latent] = points[:, None]
+        return self._means(z, context, shape)
+
+    def _means(self, z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:
+        """Return the means of p(x|z) for z [K, B, D]."""
+        context = None if context is None else repeat(context, len(z))
+        mean = self.likelihood.mean(self._decode(z.flatten(0, 1), context, latent))
+        return each(lambda t: t.unflatten(0, z.shape[:2]), mean)
+
+    def _posterior_mean(self, x: Any, context: Any) -> tuple[Tensor, tuple[int, ...] | None]:
+        """Return the mean of q(z|x) [B, D], and the shape of the decoder's z."""
         q = self.posterior(x, context)
         mean = known_mean(q)
         if mean is None:
-            raise ValueError("the mean of q(z|x) is not known, and reconstruct needs it")
-        return self.likelihood.mean(self._decode(mean, context, q.latent))
+            raise ValueError("the mean of q(z|x) is not known, and this method needs it")
+        return mean, q.latent
+
+    def _weighted(
+        self,
+        x: Any,
+        seen: Any,
+        k: int,
+        k_chunk: int | None,
+        mask: Any,
+        context: Any,
+        generator: torch.Generator | None,
+    ) -> tuple[Inputs, Tensor, int, Chunks]:
+        """Return the validated inputs of importance sampling; the encoder gets ``seen`` in place of x."""
+        conditioning = Conditioning.of(mask, None, context)
+        q = self.posterior(seen, context)
+        inputs = Inputs.read(x, q, self.decoder, self.likelihood, self.prior, conditioning)
+        k = check_count("k", k, "the importance samples per example")
+        return inputs, draw_seed(inputs.q.device, generator), k, Chunks(k_chunk)
 
     def _check_latent_dim(self, found: int | tuple[int, ...]) -> None:
         """Raise ValueError if q's latent dimension differs from ``latent_dim``."""

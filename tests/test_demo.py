@@ -1,7 +1,6 @@
 """The command line: demo and info, through the function that python -m fastvae calls."""
 
 import gzip
-import math
 import pickle
 import struct
 import subprocess
@@ -16,7 +15,7 @@ import fastvae
 from fastvae.cli import demo, kinds, latents, main, models, pictures, training
 from fastvae.cli.images import digits, read_idx
 from fastvae.core import backend as _backend
-from fastvae.distributions import DiagonalNormal, Laplace, Mixture
+from fastvae.distributions import DiagonalNormal
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -193,33 +192,6 @@ def test_table_names_the_better_model():
     assert "IWAE-9 is better than ELBO by 1.00" in demo.table([high, low], 7)
     assert "raise --eval-k" in demo.table([low, high], 7)
     assert "no clear difference" in demo.table([low, run("IWAE-9", [-9.0, -14.0, -13.0])], 7)
-
-
-@pytest.mark.parametrize(
-    "q",
-    [
-        lambda zeros: (zeros, zeros),
-        lambda zeros: Laplace(zeros, zeros),
-        # Draws weighted by 1.5 and 0.5.
-        lambda zeros: Mixture([(zeros, zeros), (zeros + 1, zeros)], torch.tensor([3.0, 1.0]).log()),
-    ],
-)
-def test_posterior_mean_is_exact_where_the_posterior_is_known(q):
-    class Fixed(torch.nn.Module):
-        def forward(self, x):
-            return q(torch.zeros(len(x), 1))
-
-    class Sign(torch.nn.Module):
-        """Decoder: pixel 0 is likely for z > 0, unlikely for z < 0; pixel 1 has probability ½."""
-
-        def forward(self, z):
-            return torch.cat([2 * torch.sign(z), torch.zeros_like(z)], 1)
-
-    model = fastvae.VAE(Fixed(), Sign(), likelihood="bernoulli", latent_dim=1)
-    p = 1 / (1 + math.exp(-2))
-    result = pictures.posterior_mean(model, torch.tensor([[1.0, 1.0], [0.0, 1.0]]), k=200_000)
-    expected = torch.tensor([[p * p + (1 - p) ** 2, 0.5], [2 * p * (1 - p), 0.5]])
-    assert torch.allclose(result, expected, atol=0.005)
 
 
 def test_info(capsys, monkeypatch):

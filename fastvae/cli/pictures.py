@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fastvae
 from fastvae.distributions import StandardNormal
 
 from . import latents
@@ -124,30 +123,13 @@ def _reconstructions(axes: Any, result: Run, images: Images) -> None:
     columns = min(10, len(images.test))
     rows = min(5, len(images.test) // columns)
     x = images.test[: rows * columns]
-    above, below = (_tiles(v, rows, columns, images.shape) for v in (x, posterior_mean(result.model, x)))
+    # After training with IWAE, q covers p(z|x): its mean may lie where p(z|x) is small.
+    noise = torch.Generator(x.device).manual_seed(TEST_SEED)
+    mean = result.model.reconstruct(x, k=1000, generator=noise)
+    above, below = (_tiles(v, rows, columns, images.shape) for v in (x, mean))
     gap = _gap(images)
     above = np.pad(above, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=np.nan)
     _show(axes, np.concatenate([above, below], 2), 2 * gap)
-
-
-@torch.no_grad()
-def posterior_mean(model: fastvae.VAE, x: Tensor, k: int = 1000) -> Tensor:
-    """Estimate the mean of p(x'|z) over the posterior p(z|x), by k importance samples from q(z|x).
-
-    After training with IWAE, q is a proposal that covers p(z|x): q's mean may lie where p(z|x) is small.
-    """
-    noise = torch.Generator(x.device).manual_seed(TEST_SEED)
-    decoded: list[Tensor] = []
-
-    def decoder(z: Tensor) -> Tensor:
-        decoded.append(model.decoder(z))
-        return decoded[-1]
-
-    parts = fastvae.log_weights(
-        x, model.encoder(x), decoder, k=k, likelihood=model.likelihood, prior=model.prior, generator=noise
-    )
-    weights = torch.softmax(parts.log_likelihood + parts.log_ratio, dim=0)
-    return torch.einsum("kb,kbx->bx", weights, torch.sigmoid(decoded[0]).unflatten(0, weights.shape))
 
 
 @torch.no_grad()

@@ -184,6 +184,13 @@ def as_mask(mask: Any, x: Any, name: str = "mask") -> Any:
     return mask.expand(x.shape)
 
 
+def where_observed(x: Any, mask: Any, fill: float) -> Any:
+    """Return x with ``fill`` where the mask, that of :func:`as_mask`, is False."""
+    if isinstance(x, Mapping):
+        return {n: where_observed(part, mask[n], fill) if n in mask else part for n, part in x.items()}
+    return torch.where(mask, x, torch.full((), fill, dtype=x.dtype, device=x.device))
+
+
 def as_size_factor(size_factor: Any, x: Any, name: str = "size_factor") -> Any:
     """Validate positive size factors [B], in a dict by part if x is a dict."""
     if isinstance(x, Mapping):

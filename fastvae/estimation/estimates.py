@@ -72,7 +72,7 @@ def where_trusted(values: Tensor, record: Any) -> Tensor:
 
 
 def in_quadrature(values: Tensor, record: Any) -> float:
-    """Return the standard error of the mean, given independent standard errors, or its bound for shared noise.
+    """Return the standard error of the mean for independent errors, or its bound for shared noise.
 
     Errors with shared noise may have any correlation; the mean's error is at most the mean of the errors.
     """

@@ -16,6 +16,7 @@ from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
 from ..random import RANDOMISATIONS, draw_seed, seed_of
 from . import stream as _stream
+from .imputation import elementwise_log_prob
 from .proposals import Proposal, as_proposal
 from .stream import Chunks
 from .sums import kept_draws
@@ -144,6 +145,7 @@ def reconstruction_log_prob(
     *,
     k: int = 100,
     k_chunk: int | None = None,
+    elementwise: bool = False,
     likelihood: str | Likelihood = "gaussian",
     mask: Any = None,
     size_factor: Any = None,
@@ -151,12 +153,14 @@ def reconstruction_log_prob(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
     shared_noise: bool = False,
-) -> Tensor:
+) -> Any:
     r"""Return the log of the mean likelihood of x over draws from its posterior; low values are anomalous.
 
     This is An and Cho's reconstruction probability. No gradients are computed.
 
     .. math:: \log \frac{1}{K} \sum_{k=1}^{K} p(x|z_k), \quad z_k \sim q(z|x)
+
+    With ``elementwise`` it is that of each element of x, which shows where an example is anomalous.
 
     Args:
         x: data [B, *event]; a dict of such tensors for :class:`fastvae.likelihoods.Joint`. A NaN makes its
@@ -174,6 +178,7 @@ def reconstruction_log_prob(
         k_chunk: draws per chunk, which bounds memory and changes results only by rounding: the noise of draw
             k is the same in any chunk. Default: chunks whose decoder output has about 4 million numbers on a
             CPU (sized for its caches), 64 million elsewhere. Halved, with a warning, when memory runs out.
+        elementwise: return the score of each element of x. Default False.
         likelihood: ``"gaussian"`` (default; the decoder returns (mean, logvar)), ``"bernoulli"`` (it returns
             logits), another name of :mod:`fastvae.likelihoods`, an object such as
             ``fastvae.likelihoods.Gaussian(scale=0.1)`` (it returns the mean), or a user-defined
@@ -193,7 +198,7 @@ def reconstruction_log_prob(
             no longer average out over examples, so leave it off in training. Default False.
 
     Returns:
-        [B], in nats.
+        [B], in nats; with ``elementwise`` [B, *event], 0 where ``mask`` is False, and a dict for a Joint.
 
     Raises:
         TypeError, ValueError: for an invalid argument, which the message names.
@@ -215,5 +220,9 @@ def reconstruction_log_prob(
     chunks = Chunks(k_chunk)
     row = first_row(row_offset, shared_noise, k, inputs.q.batch)
     seed = draw_seed(inputs.q.device, generator)
+    if elementwise:
+        if size_factor is not None:
+            raise ValueError("elementwise=True takes no size_factor; add its log to the decoder's log mean")
+        return elementwise_log_prob(inputs, seed, k, chunks, row)
     w = _stream.weights(inputs, seed, 0, k, chunks, 1, ratio=False, row_offset=row)
     return w.log_px.to(w.maximum.dtype)

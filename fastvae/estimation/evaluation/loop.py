@@ -115,10 +115,10 @@ def evaluate(
             alone, and others need not call evaluate.
         progress: show a progress bar with the current NLL. Default True.
         generator: source of the noise. Default: torch's global random state.
-        shared_noise: give all examples the same noise, and so also another model's evaluation with the same
-            ``generator`` state. Differences of log p(x), between similar examples or between models, then
-            lose the noise they have in common: :meth:`Evaluation.delta` returns them with their own standard
-            error. The error of the mean over examples is larger. Default False.
+        shared_noise: give all examples the same noise, and so also another model's evaluation with a
+            generator in the same state. Differences of log p(x), between similar examples or between models,
+            then lose the noise they have in common: :meth:`Evaluation.delta` returns them with their own
+            standard error. The error of the mean over examples is larger. Default False.
 
     Returns:
         :class:`Evaluation`.
