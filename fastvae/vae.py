@@ -309,7 +309,7 @@ class VAE(nn.Module):
         return self.posterior, decoder, self.likelihood, self.prior
 
     @torch.no_grad()
-    def reconstruction_log_prob(self, x: Any, k: int = 100, **options: Any) -> Any:
+    def reconstruction_log_prob(self, x: Any, k: int = 100, **options: Any) -> Tensor:
         """Return :func:`fastvae.reconstruction_log_prob` of x, [B]; options are its keyword arguments.
 
         Its negative is an anomaly score, by An and Cho's reconstruction probability; with

@@ -284,3 +284,19 @@ def test_paths_need_both_gradients():
     assert not paths.any()
     with pytest.raises(RuntimeError, match="one did not arrive"):
         fastvae.ops.log_mean_exp(ratio + z.sum(2)).sum().backward()
+
+
+def test_a_random_decoder_is_called_once_for_each_chunk():
+    """k_chunk=1 draws a Bayesian decoder's weights for every sample; without it one draw serves all."""
+    calls = []
+
+    def decoder(z):
+        calls.append(len(z))
+        return z @ torch.randn(3, 7, device=DEVICE)
+
+    x, q = torch.rand(5, 7, device=DEVICE), torch.zeros(5, 6, device=DEVICE)
+    with torch.no_grad():
+        fastvae.iwae(x, q, decoder, k=4, likelihood="bernoulli")
+        assert calls == [20]
+        fastvae.iwae(x, q, decoder, k=4, k_chunk=1, likelihood="bernoulli")
+        assert calls == [20, 5, 5, 5, 5]

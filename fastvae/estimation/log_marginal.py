@@ -153,7 +153,7 @@ def reconstruction_log_prob(
     generator: torch.Generator | None = None,
     row_offset: int = 0,
     shared_noise: bool = False,
-) -> Any:
+) -> Tensor:
     r"""Return the log of the mean likelihood of x over draws from its posterior; low values are anomalous.
 
     This is An and Cho's reconstruction probability. No gradients are computed.
@@ -223,6 +223,6 @@ def reconstruction_log_prob(
     if elementwise:
         if size_factor is not None:
             raise ValueError("elementwise=True takes no size_factor; add its log to the decoder's log mean")
-        return elementwise_log_prob(inputs, seed, k, chunks, row)
+        return elementwise_log_prob(inputs, seed, k, chunks, row)  # type: ignore[no-any-return]
     w = _stream.weights(inputs, seed, 0, k, chunks, 1, ratio=False, row_offset=row)
     return w.log_px.to(w.maximum.dtype)
