@@ -27,7 +27,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 import fastvae  # noqa: E402
-from tools import fakecard, interpreter  # noqa: E402
+from tools import fakecard, integrations, interpreter  # noqa: E402
 
 from .cases import DEVICE  # noqa: E402
 
@@ -55,8 +55,13 @@ hypothesis.settings.load_profile(os.environ.get("FASTVAE_TEST_PROFILE", "fastvae
 if not CUDA:
     interpreter.quicken()
 
-# They look at the fake card itself: neither a CPU nor a real GPU has what they count.
-collect_ignore = [] if fakecard.is_active() else ["gpu_host"]
+# The first look at the fake card itself: neither a CPU nor a real GPU has what they count. The others import
+# libraries that the tests' environment does not have.
+LEFT_OUT = {
+    "gpu_host": (fakecard.is_active(), "python -m tools.fakecard -- python -m pytest tests/gpu_host"),
+    "integrations": (integrations.is_active(), "python -m tools.integrations"),
+}
+collect_ignore = [folder for folder, (is_active, _) in LEFT_OUT.items() if not is_active]
 
 if fakecard.is_active():
     from tools.fakecard import device as fake_device
@@ -70,10 +75,8 @@ if fakecard.is_active():
 
 def pytest_terminal_summary(terminalreporter):
     # Not a header, which `-q` hides.
-    if not fakecard.is_active():
-        terminalreporter.write_line(
-            "tests/gpu_host: left out, run by `python -m tools.fakecard -- python -m pytest tests/gpu_host`"
-        )
+    for folder in collect_ignore:
+        terminalreporter.write_line(f"tests/{folder}: left out, run by `{LEFT_OUT[folder][1]}`")
 
 
 @pytest.fixture(autouse=True)
