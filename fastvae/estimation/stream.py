@@ -187,6 +187,9 @@ def weights(
 
     for log_w in stream(inputs, seed, start, stop, chunks, **options):
         count, batch = log_w.shape
+        if buffer is not None and filled + count > len(buffer):
+            # The first chunk, of one draw, may be far smaller than the others.
+            total, buffer, filled = fold(buffer[:filled]), None, 0
         start += count
         if kept is not None:
             kept.append(log_w)

@@ -85,5 +85,9 @@ class Bernoulli(Declared):
     mean_of = staticmethod(torch.sigmoid)
 
     @staticmethod
+    def information(logits: Tensor) -> tuple[Tensor, ...]:
+        return (torch.sigmoid(logits) * torch.sigmoid(-logits),)
+
+    @staticmethod
     def draw(logits: Tensor, *, generator: torch.Generator | None) -> Tensor:
         return torch.bernoulli(torch.sigmoid(logits), generator=generator)

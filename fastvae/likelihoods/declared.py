@@ -37,6 +37,8 @@ class Declared(Likelihood):
     Attributes:
         converts: the decoder returns probabilities or rates instead of the declared outputs.
         constants: the last outputs, which are constants of the likelihood and never come from a decoder.
+        information: function of all outputs that returns the Fisher information of each, where it is known
+            and diagonal, else None.
     """
 
     name: ClassVar[str]
@@ -51,6 +53,7 @@ class Declared(Likelihood):
     data: ClassVar[Callable[..., Tensor] | None] = None
     mean_of: ClassVar[Callable[..., Tensor]]
     draw: ClassVar[Callable[..., Tensor]]
+    information: ClassVar[Callable[..., tuple[Tensor, ...]] | None] = None
     _bounded: ClassVar[bool]
     converts: ClassVar[bool] = False
     _holds: tuple[str, ...] = ()
@@ -58,6 +61,8 @@ class Declared(Likelihood):
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         cls._bounded = cls.low > -math.inf or cls.high < math.inf
+        if "outputs" in cls.__dict__ and "information" not in cls.__dict__:
+            cls.information = None  # that of the base is of other outputs
         if "name" in cls.__dict__:
             ops.declare(cls)
             DECLARED[cls.name] = NAMED[cls.name] = cls
@@ -148,6 +153,20 @@ class Declared(Likelihood):
         parameters = self.read(parameters)
         drawn = type(self).draw(*self._complete(parameters), generator=generator)
         return drawn if self.takes_size else drawn.to(_dtype_of(parameters))
+
+    def information_of(
+        self, parameters: Any, conditioning: Conditioning | None = None
+    ) -> tuple[Tensor, ...] | None:
+        """Return the Fisher information of each tensor that the decoder returned, or None if unknown."""
+        known = type(self).information
+        if known is None or self.converts or not self.is_declared:
+            return None
+        mask, size_factor, _ = conditioning or _NOTHING
+        every = dict(
+            zip(self.outputs, known(*self._sized(self._complete(parameters), 1, size_factor)), strict=True)
+        )
+        found = [every[name] for name in self.outputs if name not in self.own_names]
+        return tuple(found) if mask is None else tuple([torch.where(mask, v, 0.0) for v in found])
 
     def _complete(self, parameters: Any) -> list[Tensor]:
         """Return all outputs, including the likelihood's own, each expanded to [N, *event]."""

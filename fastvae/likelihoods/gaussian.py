@@ -130,6 +130,10 @@ class Gaussian(Scaled):
         return -grad_mean, grad_mean, 0.5 * (push * whitened - g)
 
     @staticmethod
+    def information(mean: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
+        return torch.exp(-logvar), torch.full_like(logvar, 0.5)
+
+    @staticmethod
     def draw(mean: Tensor, logvar: Tensor, *, generator: torch.Generator | None) -> Tensor:
         return mean + torch.exp(0.5 * logvar) * normal_like(mean, generator)
 

@@ -69,6 +69,10 @@ class Laplace(Scaled):
         return -grad_location, grad_location, g * (delta.abs() * inverse_s - 1)
 
     @staticmethod
+    def information(location: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
+        return torch.exp(-2 * log_scale), torch.ones_like(log_scale)
+
+    @staticmethod
     def draw(location: Tensor, log_scale: Tensor, *, generator: torch.Generator | None) -> Tensor:
         first, second = exponential_like(location, generator), exponential_like(location, generator)
         return location + torch.exp(log_scale) * (first - second)

@@ -84,5 +84,9 @@ class Poisson(Declared):
     mean_of = staticmethod(torch.exp)
 
     @staticmethod
+    def information(log_rate: Tensor) -> tuple[Tensor, ...]:
+        return (torch.exp(log_rate),)
+
+    @staticmethod
     def draw(log_rate: Tensor, *, generator: torch.Generator | None) -> Tensor:
         return torch.poisson(torch.exp(log_rate), generator=generator)

@@ -1,0 +1,346 @@
+"""proposal="refined": exact on linear models, unbiased on others, and for every likelihood and prior."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastvae
+from fastvae import distributions, likelihoods, proposals
+
+from .cases import DEVICE
+
+B, D, X, K = 5, 3, 8, 400
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def _randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=_generator(seed), device=DEVICE)
+
+
+class Linear:
+    """Model x ~ N(W z + b, s²) with z ~ N(0, I), whose log p(x) is known."""
+
+    def __init__(self, scale: float = 0.5):
+        self.w, self.b, self.scale = _randn(X, D, seed=1), _randn(X, seed=2), scale
+        self.likelihood = likelihoods.Gaussian(scale=scale)
+
+    def decoder(self, z):
+        return z @ self.w.T + self.b
+
+    def log_px(self, x):
+        total = self.w @ self.w.T + self.scale**2 * torch.eye(X, device=DEVICE)
+        return torch.distributions.MultivariateNormal(self.b.double(), total.double()).log_prob(x.double())
+
+
+def test_a_linear_decoder_has_equal_weights(backend):
+    """From any q the fit is exact, so that each weight is p(x): no error, with few draws."""
+    model, x = Linear(), _randn(B, X, seed=3)
+    q = 0.3 * _randn(B, D, seed=4), _randn(B, D, seed=5)
+    result = fastvae.log_marginal(
+        x, q, model.decoder, k=20, likelihood=model.likelihood, proposal="refined", generator=_generator()
+    )
+    exact = model.log_px(x)
+    torch.testing.assert_close(result.log_px.double(), exact, rtol=0, atol=2e-4)
+    assert float(result.log_px_stderr.max()) < 2e-4
+    # q itself is far off.
+    plain = fastvae.log_marginal(x, q, model.decoder, k=20, likelihood=model.likelihood)
+    assert float((plain.log_px.double() - exact).abs().max()) > 0.5
+
+
+class Wavy(nn.Module):
+    """Decoder whose posterior is not normal."""
+
+    def __init__(self, outputs: int = X):
+        super().__init__()
+        generator = torch.Generator().manual_seed(8)
+        self.first, self.second = nn.Linear(D, 16), nn.Linear(16, outputs)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(0.7 * torch.randn(p.shape, generator=generator))
+        self.to(DEVICE)
+
+    def forward(self, z):
+        return self.second(torch.tanh(self.first(z)))
+
+
+def _truth(x, decoder, likelihood, **options) -> torch.Tensor:
+    """Return log p(x) by a million draws from the prior."""
+    q = torch.zeros(2, len(x), D, device=DEVICE).unbind()
+    result = fastvae.log_marginal(
+        x, q, decoder, k=2 * 10**6, likelihood=likelihood, generator=_generator(9), **options
+    )
+    assert float(result.log_px_stderr.max()) < 0.01
+    return result.log_px.double()
+
+
+def test_the_mean_of_p_hat_is_p():
+    """Over many seeds p̂(x) averages to p(x) within its error: the fit's noise is independent of the draws."""
+    decoder, seeds = Wavy(), 300
+    x = _randn(B, X, seed=3).gt(0).float()
+    exact = _truth(x, decoder, "bernoulli")
+    # One evaluation of all seeds: each copy of the data has its own rows of noise.
+    rows = x.repeat(seeds, 1)
+    q = torch.full((len(rows), D), 0.8, device=DEVICE), torch.full((len(rows), D), -1.5, device=DEVICE)
+    result = fastvae.log_marginal(
+        rows, q, decoder, k=20, likelihood="bernoulli", proposal=proposals.Refined(steps=3, draws_per_step=2),
+        generator=_generator(),
+    )  # fmt: skip
+    p_hat = (result.log_px.double().unflatten(0, (seeds, B)) - exact).exp()
+    error = p_hat.std(0) / math.sqrt(seeds)
+    assert float(((p_hat.mean(0) - 1).abs() / error.clamp(min=1e-3)).max()) < 4.5
+    assert float(error.max()) < 0.1
+
+
+def test_it_is_better_than_q():
+    """k̂ and standard error fall where q is narrow and misplaced."""
+    decoder, x = Wavy(40), _randn(B, 40, seed=3).gt(0).float()
+    q = torch.full((B, D), 0.8, device=DEVICE), torch.full((B, D), -3.0, device=DEVICE)
+    options = {"k": 1000, "likelihood": "bernoulli"}
+    plain, refined = (
+        fastvae.log_marginal(x, q, decoder, proposal=p, generator=_generator(), **options)
+        for p in ("posterior", "refined")
+    )
+    exact = _truth(x, decoder, "bernoulli")
+    assert float((refined.log_px - exact).abs().max()) < 0.1 < float((plain.log_px - exact).abs().max())
+    assert bool((refined.khat < 0.7).all()) and bool((refined.ess > 10 * plain.ess).all())
+
+
+class Outputs(nn.Module):
+    """Decoder of several outputs [N, *event] of one layer."""
+
+    def __init__(self, *shapes: tuple[int, ...]):
+        super().__init__()
+        self.shapes = shapes
+        self.layers = nn.ModuleList([Wavy(math.prod(shape)) for shape in shapes])
+
+    def forward(self, z):
+        found = tuple(layer(z).unflatten(1, s) for layer, s in zip(self.layers, self.shapes, strict=True))
+        return found if len(found) > 1 else found[0]
+
+
+_COUNTS = lambda: _randn(B, X, seed=3).abs().mul(2).round()  # noqa: E731
+LIKELIHOODS = {
+    "bernoulli": (lambda: _randn(B, X, seed=3).gt(0).float(), "bernoulli", 1),
+    "gaussian": (lambda: _randn(B, X, seed=3), "gaussian", 2),
+    "softplus": (lambda: _randn(B, X, seed=3), likelihoods.Gaussian(scale="softplus"), 2),
+    "laplace": (lambda: _randn(B, X, seed=3), "laplace", 2),
+    "student": (lambda: _randn(B, X, seed=3), likelihoods.StudentT(df=4.0), 2),
+    "poisson": (_COUNTS, "poisson", 1),
+    "negative binomial": (_COUNTS, "negative_binomial", 2),
+    "zinb": (_COUNTS, "zero_inflated_negative_binomial", 3),
+    "beta": (lambda: torch.sigmoid(_randn(B, X, seed=3)), "beta", 2),
+    "multinomial": (_COUNTS, "multinomial", 1),
+    "probabilities": (lambda: _randn(B, X, seed=3).gt(0).float(), likelihoods.Bernoulli(probs=True), 1),
+}
+
+
+@pytest.mark.parametrize("name", list(LIKELIHOODS))
+def test_every_likelihood(name):
+    """The estimate agrees with that of many draws from the prior."""
+    data, likelihood, number = LIKELIHOODS[name]
+    decoder: nn.Module = Outputs(*[(X,)] * number)
+    if name == "probabilities":
+        decoder = nn.Sequential(decoder, nn.Sigmoid())
+    _agrees(data(), decoder, likelihood)
+
+
+def _agrees(x, decoder, likelihood, **options):
+    q = torch.full((2, B, D), 0.3, device=DEVICE).unbind()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no fallback
+        result = fastvae.log_marginal(
+            x,
+            q,
+            decoder,
+            k=2000,
+            likelihood=likelihood,
+            proposal="refined",
+            generator=_generator(),
+            **options,
+        )
+    q = torch.zeros(2, B, D, device=DEVICE).unbind()
+    other = fastvae.log_marginal(
+        x,
+        q,
+        decoder,
+        k=400_000,
+        likelihood=likelihood,
+        proposal="defensive",
+        generator=_generator(1),
+        **options,
+    )
+    error = (result.log_px_stderr.square() + other.log_px_stderr.square()).sqrt()
+    assert float(((result.log_px - other.log_px).abs() / (error + 1e-3)).max()) < 5
+    # A posterior that one Gaussian does not cover is left to the shares of q and the prior.
+    assert float(result.log_px_stderr.median()) < 0.1
+
+
+def test_classes_tables_several_parts_and_own_likelihoods():
+    classes = _COUNTS().clamp(max=3).long()
+    _agrees(classes, Outputs((4, X)), "categorical")
+    _agrees(classes, Outputs((X, 4)), likelihoods.Categorical(axis=-1))
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Outputs((X,), (2,))
+
+        def forward(self, z):
+            first, second = self.body(z)
+            return {"pixels": first, "size": second}
+
+    data = {"pixels": _randn(B, X, seed=3).gt(0).float(), "size": _randn(B, 2, seed=4)}
+    joint = likelihoods.Joint(
+        pixels="bernoulli", size=likelihoods.Gaussian(scale=0.5), weights={"pixels": 0.7}
+    )
+    q = torch.full((2, B, D), 0.3, device=DEVICE).unbind()
+    body = Both()
+    result = fastvae.log_marginal(data, q, body, k=500, likelihood=joint, proposal="refined")
+    assert float(result.log_px_stderr.median()) < 0.1
+
+    class Own(likelihoods.Likelihood):
+        def log_prob(self, x, parameters):
+            return -(x - parameters).abs() - math.log(2)
+
+    _agrees(_randn(B, X, seed=3), Outputs((X,)), Own())
+
+
+def test_masks_sizes_and_contexts():
+    mask = _randn(B, X, seed=6) > -0.3
+    x = torch.where(mask, _randn(B, X, seed=3).gt(0).float(), math.nan)
+    _agrees(x, Outputs((X,)), "bernoulli", mask=mask)
+    _agrees(_COUNTS(), Outputs((X,)), "poisson", size_factor=torch.linspace(0.5, 3, B, device=DEVICE))
+
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Outputs((X,))
+
+        def forward(self, z, context):
+            return self.body(z) + context
+
+    _agrees(_randn(B, X, seed=3).gt(0).float(), Conditional(), "bernoulli", context=_randn(B, X, seed=7))
+
+
+PRIORS = {
+    "normal": lambda: distributions.DiagonalNormal(0.3 * _randn(D, seed=1), 0.5 * _randn(D, seed=2)),
+    "mixture": lambda: distributions.NormalMixture(
+        _randn(4, D, seed=1), torch.full((4, D), -1.0, device=DEVICE), torch.zeros(4, device=DEVICE)
+    ),
+    "rows": lambda: distributions.DiagonalNormal(0.3 * _randn(B, D, seed=1), 0.5 * _randn(B, D, seed=2)),
+}
+
+
+@pytest.mark.parametrize("name", list(PRIORS))
+def test_priors(name):
+    x, q = _randn(B, X, seed=3).gt(0).float(), torch.full((2, B, D), 0.3, device=DEVICE).unbind()
+    prior, decoder = PRIORS[name](), Outputs((X,))
+    options = {"likelihood": "bernoulli", "prior": prior}
+    result = fastvae.log_marginal(
+        x, q, decoder, k=4000, proposal="refined", generator=_generator(), **options
+    )
+    wide = torch.zeros(B, D, device=DEVICE), torch.full((B, D), 1.0, device=DEVICE)
+    other = fastvae.log_marginal(x, wide, decoder, k=400_000, generator=_generator(1), **options)
+    error = (result.log_px_stderr.square() + other.log_px_stderr.square()).sqrt()
+    assert float(((result.log_px - other.log_px).abs() / (error + 1e-3)).max()) < 5
+
+
+def test_batches_chunks_and_ranks_change_nothing(tmp_path):
+    """The fit of an example depends on its address alone."""
+    torch.manual_seed(0)
+    vae = fastvae.VAE(nn.Linear(X, 2 * D, device=DEVICE), Wavy(), likelihood="bernoulli")
+    x = _randn(7, X, seed=3).gt(0).float()
+    options = {"k": K, "proposal": "refined", "progress": False}
+    whole = vae.evaluate(x, generator=torch.Generator().manual_seed(1), **options)
+    where = {"batch_size": 3, "k_chunk": 17, "checkpoint": tmp_path / "c.npz"}
+    parts = vae.evaluate(x, generator=torch.Generator().manual_seed(1), **where, **options)
+    for name in ("log_px", "elbo", "khat"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-3)
+    stopped = vae.evaluate(x, tol=0.05, proposal="refined", progress=False)
+    assert float(stopped.log_px_stderr.max()) <= 0.05
+    qmc = vae.evaluate(x, noise="qmc", **{**options, "k": 4096})
+    assert float((qmc.log_px - whole.log_px).abs().max()) < 0.1
+    shared = vae.evaluate(x, shared_noise=True, **options)
+    assert bool(shared.delta(0).stderr.isfinite().all())
+    # The ELBO is q's.
+    plain = vae.evaluate(x, **{**options, "proposal": "posterior", "k": 4000})
+    assert (
+        float((whole.elbo - plain.elbo).abs().max())
+        < 6 * float((plain.log_px - plain.elbo).max()) / math.sqrt(64) + 1
+    )
+
+
+def test_decoders_without_derivatives_fall_back():
+    x, q = _randn(B, X, seed=3).gt(0).float(), torch.zeros(2, B, D, device=DEVICE).unbind()
+    body = Wavy()
+
+    def detached(z):
+        with torch.no_grad():
+            return body(z)
+
+    for decoder, reason in (
+        (detached, "output has no gradient by z"),
+        # fastvae's ops have no forward mode.
+        (
+            lambda z: body(z) + fastvae.ops.log_mean_exp(z.mT[:, :, None]),
+            "forward-mode differentiation of the decoder failed",
+        ),
+    ):
+        with pytest.warns(RuntimeWarning, match=reason):
+            result = fastvae.log_marginal(
+                x, q, decoder, k=K, likelihood="bernoulli", proposal="refined", generator=_generator()
+            )
+        adapted = fastvae.log_marginal(
+            x, q, decoder, k=K, likelihood="bernoulli", proposal="adapted", generator=_generator()
+        )
+        assert torch.equal(result.log_px, adapted.log_px)
+
+
+def test_a_nan_stays_with_its_example():
+    decoder, x = Wavy(), _randn(B, X, seed=3).gt(0).float()
+    x[2, 1] = math.nan
+    q = torch.zeros(B, D, device=DEVICE), torch.zeros(B, D, device=DEVICE)
+    q[0][4, 0] = math.nan
+    result = fastvae.log_marginal(x, q, decoder, k=K, likelihood="bernoulli", proposal="refined")
+    assert result.log_px.isnan().tolist() == [False, False, True, False, True]
+
+
+def test_half_precision_and_double():
+    x, q = _randn(B, X, seed=3).gt(0).float(), torch.zeros(2, B, D, device=DEVICE).unbind()
+    exact = fastvae.log_marginal(x, q, Wavy(), k=100_000, likelihood="bernoulli").log_px
+    for dtype, atol in ((torch.float64, 0.1), (torch.bfloat16, 0.3)):
+        decoder = Wavy().to(dtype)
+        given = tuple(v.to(dtype) for v in q)
+        result = fastvae.log_marginal(
+            x.to(dtype), given, decoder, k=2000, likelihood="bernoulli", proposal="refined"
+        )
+        torch.testing.assert_close(result.log_px.double(), exact.double(), rtol=0, atol=atol)
+
+
+def test_refined_options_are_checked():
+    for options, match in (
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"draws_per_step": 2.5}, "draws_per_step"),
+        ({"posterior": 0.9, "prior": 0.2}, "must leave a share"),
+        ({"scale": 0.0}, "scale"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            proposals.Refined(**options)
+    gamma = torch.distributions.Independent(
+        torch.distributions.Gamma(torch.ones(B, D, device=DEVICE), torch.ones(B, D, device=DEVICE)), 1
+    )
+    prior = torch.distributions.Independent(
+        torch.distributions.Gamma(torch.ones(D, device=DEVICE), torch.ones(D, device=DEVICE)), 1
+    )
+    with pytest.raises(ValueError, match="proposal='refined' draws z from all of R"):
+        fastvae.log_marginal(
+            _COUNTS(), gamma, Wavy(), k=10, likelihood="poisson", prior=prior, proposal="refined"
+        )
