@@ -418,3 +418,22 @@ def test_log_marginal_agrees_with_weights_of_all_draws():
         options = {"k": k, "k_chunk": k_chunk, "likelihood": likelihood, "generator": seed.manual_seed(5)}
         got = fastvae.log_marginal(x, q, decoder, **options)
         torch.testing.assert_close(vars(got), vars(expected), rtol=1e-8, atol=1e-8)
+
+
+def test_a_small_first_chunk_is_folded_with_larger_ones():
+    """A likelihood whose width is unknown draws one sample first; many draws are folded in several parts."""
+
+    class Own(fastvae.likelihoods.Likelihood):
+        def log_prob(self, x, parameters):
+            return -(x - parameters).abs()
+
+    batch, k = 40, 60_000
+    x, q = torch.ones(batch, 1, device=DEVICE), torch.zeros(batch, 2, device=DEVICE)
+    seed = torch.Generator(DEVICE)
+    results = [
+        fastvae.log_marginal(
+            x, q, lambda z: z, k=k, k_chunk=chunk, likelihood=Own(), generator=seed.manual_seed(3)
+        ).log_px
+        for chunk in (None, 1000)
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
