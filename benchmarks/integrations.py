@@ -1,7 +1,7 @@
 """``python -m benchmarks.integrations``: a training step of scvi-tools' SCVI, and of the fast class.
 
-Forward, backward and Adam on 128 cells, with one thread, in CPU time. Blocks of steps alternate, and the ratio
-is that of adjacent blocks. Needs ``pip install scvi-tools``.
+Forward, backward and Adam on 128 cells, with one thread, in CPU time. Blocks of steps alternate, and the
+ratio is that of adjacent blocks. Needs ``pip install scvi-tools``.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ ModelClass = TypeVar("ModelClass", bound=type)
 def fast(model_class: ModelClass) -> ModelClass:
     """Return a subclass of a scvi-tools model that computes its likelihood with fastvae's fused ops.
 
-    The subclass is used like the class itself: data set up with either serve both, and each loads files of the
-    other. Only log p(x|z) within the loss is replaced, for the gene likelihoods ``"zinb"``, ``"nb"`` and
+    The subclass is used like the class itself: data set up with either serve both, and each loads the other's
+    files. Only log p(x|z) within the loss is replaced, for the gene likelihoods ``"zinb"``, ``"nb"`` and
     ``"poisson"`` with any dispersion; it differs by rounding and by at most 1e-8 per gene. The normal
     likelihood (with a warning), the proteins of TOTALVI, and p(x|z) outside the loss, such as in posterior
     predictive samples, remain those of scvi-tools.
@@ -99,8 +99,8 @@ def evaluate(
     .. math:: \log p(x|s) = \log \int p(x|z, s)\, N(z; 0, I)\, dz
 
     where s are the cell's batch, covariates and label, and its observed library size or size factor. For
-    ``use_observed_lib_size=False`` the log library size is another latent, with its prior given the batch. For
-    ``latent_distribution="ln"`` the latent is z before the softmax. The model is in eval mode meanwhile.
+    ``use_observed_lib_size=False`` the log library size is another latent, with its prior given the batch.
+    For ``latent_distribution="ln"`` the latent is z before the softmax. The model is in eval mode meanwhile.
 
     Args:
         model: a model of scvi-tools, or one of a class from :func:`fast`.
@@ -129,9 +129,9 @@ def evaluate(
     known = isinstance(module, scvi.module.VAE) and not isinstance(module, scvi.module.SCANVAE)
     if not known or not _is_own(module, "generative", scvi.module.VAE):
         raise TypeError(
-            f"model must be an SCVI or LinearSCVI whose module does not override generative, since their p(z) "
-            f"and p(x|z) are assumed; got {type(model).__name__}. For other models pass encoder, decoder and "
-            "prior as a fastvae.VAE to fastvae.evaluate"
+            "model must be an SCVI or LinearSCVI whose module does not override generative, got a "
+            f"{type(model).__name__}: its p(z) or p(x|z) may differ. Pass the encoder, decoder and prior of "
+            "such a model to fastvae.evaluate as a fastvae.VAE"
         )
     if model.minified_data_type == scvi.data._constants.ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
         raise ValueError(
