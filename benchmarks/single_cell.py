@@ -117,7 +117,7 @@ def steps(model: Any, x: Tensor, rounds: int) -> dict[str, list[float]]:
         return module(batch_of(x), loss_kwargs={"kl_weight": 1.0})[2].loss
 
     def ours(x: Tensor) -> Tensor:
-        options = {"likelihood": likelihood(module), "size": x.sum(1)}
+        options = {"likelihood": likelihood(module), "size_factor": x.sum(1)}
         return -fastvae.elbo(x, encoder(x), decoder, **options)
 
     times: dict[str, list[float]] = {"scvi-tools": [], "fastvae": []}
@@ -147,7 +147,7 @@ def marginal(
             # Per cell: its own mean is that of batch means, and the last batch has fewer cells.
             each = model.get_marginal_ll(n_mc_samples=k, batch_size=BATCH, return_mean=False)
             return float(each.double().mean())
-        vae = fastvae.VAE(encoder, decoder, likelihood=likelihood(module), modules=[module])
+        vae = fastvae.VAE(encoder, decoder, likelihood=likelihood(module))
         result = fastvae.evaluate(
             vae, x, k=k, batch_size=BATCH, progress=False,
             prepare_batch=lambda rows: {"x": rows, "size_factor": rows.sum(1)},
