@@ -57,7 +57,7 @@ def fast(model_class: ModelClass) -> ModelClass:
             module does not override ``loss`` (of TOTALVI: ``get_reconstruction_loss``).
 
     Returns:
-        The subclass, the same in every call; for an untested version of scvi-tools model_class itself, with a
+        The subclass, the same in every call; for an unknown version of scvi-tools model_class itself, with a
         warning.
 
     Raises:
@@ -74,12 +74,7 @@ def fast(model_class: ModelClass) -> ModelClass:
     scvi = _scvi()
     if not (isinstance(model_class, type) and hasattr(model_class, "_module_cls")):
         raise TypeError(f"model_class must be a model of scvi-tools such as SCVI; got {model_class!r}")
-    if scvi.__version__ not in VERSIONS:
-        warnings.warn(
-            f"fastvae.integrations.scvi knows the losses of scvi-tools {', '.join(VERSIONS)}, not of "
-            f"{scvi.__version__}, so {model_class.__name__} is returned unchanged; install one of them",
-            stacklevel=2,
-        )
+    if not _is_known(scvi, f"{model_class.__name__} is returned unchanged"):
         return model_class
     return _fast_model(model_class)  # type: ignore[no-any-return]
 
@@ -138,6 +133,7 @@ def evaluate(
             "the model's data are minified, without counts, and log p(x) needs them; load the model with the "
             "full AnnData"
         )
+    _is_known(scvi, "log p(x|z) may differ from the model's")
     batches = model._make_data_loader(model._validate_anndata(adata), indices=indices, batch_size=batch_size)
     cells = _Cells(module)
     prior = None if module.use_observed_lib_size else cells.prior
@@ -227,6 +223,18 @@ def _scvi() -> Any:
     except ImportError as error:
         raise ImportError("fastvae.integrations.scvi needs scvi-tools: pip install scvi-tools") from error
     return scvi
+
+
+def _is_known(scvi: Any, consequence: str) -> bool:
+    """Return True for a version in VERSIONS; warn of the consequence otherwise."""
+    known = scvi.__version__ in VERSIONS
+    if not known:
+        warnings.warn(
+            f"fastvae.integrations.scvi knows scvi-tools {', '.join(VERSIONS)}, not {scvi.__version__}, so "
+            f"{consequence}; install one of those versions",
+            stacklevel=3,
+        )
+    return known
 
 
 def _is_own(module: Any, name: str, owner: type) -> bool:

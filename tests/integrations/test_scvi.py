@@ -346,9 +346,21 @@ def test_a_generative_of_the_users_is_read():
 
 
 def test_an_unknown_version_stays_as_it_is(monkeypatch):
+    model = build(SCVI, cells())
     monkeypatch.setattr(scvi, "__version__", "9.0.0")
-    with pytest.warns(UserWarning, match="9.0.0, so SCVI is returned unchanged"):
+    with pytest.warns(UserWarning, match="not 9.0.0, so SCVI is returned unchanged"):
         assert fast(SCVI) is SCVI
+    with pytest.warns(UserWarning, match="not 9.0.0, so log p.* may differ"):
+        evaluate(model, indices=range(2), k=2, proposal="posterior", progress=False)
+
+
+def test_minified_data_are_refused():
+    data = cells()
+    model = train(build(fast(SCVI), data), epochs=1)
+    data.obsm["X_latent_qzm"], data.obsm["X_latent_qzv"] = model.get_latent_representation(return_dist=True)
+    model.minify_adata()
+    with pytest.raises(ValueError, match="minified, without counts"):
+        evaluate(model)
 
 
 def test_normal_likelihoods_stay_as_they_are():
