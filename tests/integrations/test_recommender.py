@@ -1,6 +1,5 @@
 """docs/examples/recommender.py: its losses are its authors' lines, and its models beat popularity."""
 
-import importlib.util
 import math
 import re
 
@@ -8,22 +7,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from . import ROOT, assert_same, noise, run_example
+from docs.examples import recommender
+
+from . import assert_same, noise, run_example
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 7
 
 
-@pytest.fixture(scope="module")
-def recommender():
-    spec = importlib.util.spec_from_file_location("recommender", ROOT / "docs/examples/recommender.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def batch(recommender, float64):
+def batch(float64):
     """Return encoder and decoder in training mode, with dropout, and a sparse batch."""
     torch.manual_seed(1)
     items = torch.rand(6, recommender.ITEMS).topk(9).indices
@@ -34,7 +27,7 @@ def normals(like):
     return noise(1, *like.shape, dtype=torch.float64)[0]
 
 
-def test_mult_vae(recommender, batch):
+def test_mult_vae(batch):
     encoder, decoder, x = batch
     torch.manual_seed(SEED)
     expected = recommender.replaced_lines(encoder, decoder, x, beta=0.3, noise=normals)
@@ -43,7 +36,7 @@ def test_mult_vae(recommender, batch):
     assert_same(ours, expected, [*encoder.parameters(), *decoder.parameters()])
 
 
-def test_rec_vae(recommender, batch):
+def test_rec_vae(batch):
     """RecVAE's prior is a mixture in each dimension; the KL's weight is γ times a user's clicks."""
     encoder, decoder, x = batch
     old = recommender.Encoder(20).eval()
@@ -70,7 +63,7 @@ def test_rec_vae(recommender, batch):
     assert all(p.grad is None for p in old.parameters())
 
 
-def test_ndcg(recommender):
+def test_ndcg():
     """Of scores known by hand: the hidden items come first and third, a seen one does not count."""
     scores = torch.zeros(1, recommender.ITEMS)
     scores[0, :4] = torch.tensor([9.0, 8.0, 7.0, 6.0])
