@@ -83,7 +83,9 @@ class VAE(nn.Module):
     net.decode)``: their modules are registered as modules of the VAE, so that optimisers, ``state_dict``,
     ``.to()`` and ``.eval()`` find them. For any other callable ``modules`` names them. Inside a module that
     holds the VAE, pass the networks, ``fastvae.VAE(self.encoder, self.decoder)``, since methods of this
-    module would make each a part of the other.
+    module would make each a part of the other. As a member the VAE adds a second key for each of their
+    parameters, ``vae.encoder.*``, which old checkpoints lack; a ``functools.cached_property`` that returns it
+    adds none.
 
     Raises:
         TypeError, ValueError: for an invalid argument; for a function without ``modules``. ``train()``,

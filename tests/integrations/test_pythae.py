@@ -105,6 +105,29 @@ def test_modules_are_untouched(loss, fastvae_noise):
     assert list(model.state_dict()) == keys
 
 
+def test_its_trainer(tmp_path):
+    """A forward of three lines gives pythae's own trainer another bound, here IWAE's."""
+    from pythae.data.datasets import BaseDataset
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
+    class Fast(models.VAE):
+        def forward(self, inputs, **kwargs):
+            x, q = inputs["data"], self.encoder(inputs["data"])
+            return ModelOutput(loss=-fastvae.iwae(x, q, self.decoder, k=5, likelihood=Bernoulli(probs=True)))
+
+    torch.set_default_dtype(torch.float32)  # of its data sets
+    model = Fast(models.VAEConfig(input_dim=SHAPE, latent_dim=D, reconstruction_loss="bce"))
+    x = torch.rand(1, *SHAPE).round().expand(60, *SHAPE)
+    vae = fastvae.VAE(model.encoder, model.decoder, likelihood=Bernoulli(probs=True))
+    before = vae.evaluate(x[:10], k=50, progress=False).nll
+    config = BaseTrainerConfig(
+        output_dir=str(tmp_path), num_epochs=5, per_device_train_batch_size=20, no_cuda=True
+    )
+    BaseTrainer(model, BaseDataset(x, torch.zeros(60)), training_config=config).train()
+    assert vae.evaluate(x[:10], k=50, progress=False).nll < before - 1
+
+
 @losses
 def test_iwae_has_the_gradient_but_not_the_value(loss, fastvae_noise):
     """pythae reports Σ w̃ log w, the bound and log K less the entropy of the weights w̃."""
