@@ -1546,6 +1546,39 @@ def _ranks(world: int, folder, shard: str, **options) -> list[fastvae.Evaluation
     return [fastvae.Evaluation(**values) for values in load]
 
 
+def _run_sharded(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    vae, x = _vae_and_data()
+    fully_shard(vae.encoder, mesh=distributed.device_mesh.init_device_mesh("cpu", (2,)))
+    for shard in ("data", "samples"):
+        with pytest.raises(ValueError, match='sharded over the ranks.*shard="none"'):
+            vae.evaluate(x, k=7, shard=shard, progress=False)
+    torch.manual_seed(3)
+    result = vae.evaluate(x, k=7, shard="none", progress=False)
+    torch.save(result.log_px, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def _vae_and_data() -> tuple[fastvae.VAE, torch.Tensor]:
+    torch.manual_seed(0)
+    return fastvae.VAE(nn.Linear(8, 4), nn.Linear(2, 8), likelihood="bernoulli"), torch.rand(5, 8).round()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+def test_sharded_parameters(tmp_path):
+    """Ranks that gather each other's parameters must make the same calls, which only shard="none" does."""
+    torch.multiprocessing.spawn(_run_sharded, args=(str(tmp_path),), nprocs=2)
+    vae, x = _vae_and_data()
+    torch.manual_seed(3)
+    expected = vae.evaluate(x, k=7, progress=False).log_px
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("shard, noise", [("data", "philox"), ("samples", "philox"), ("samples", "qmc")])

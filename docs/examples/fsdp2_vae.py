@@ -1,4 +1,4 @@
-"""FSDP2: sharded parameters in bfloat16, accumulated gradients, checkpoint and resume.
+"""FSDP2: sharded parameters in bfloat16, accumulated gradients, checkpoint and resume, evaluation.
 
 ``python docs/examples/fsdp2_vae.py`` trains on two processes that it starts.
 """
@@ -63,11 +63,11 @@ def main(rank, folder):
     set_state_dict(resumed, optimizer, **state)
     train(resumed, optimizer, data, second)
 
-    with torch.no_grad():  # by forward, whose hooks gather the parameters
-        log_px = resumed(test, objective="iwae", k=500)
+    # Every rank evaluates all images, since all gather the parameters together.
+    result = resumed.evaluate(test, k=500, shard="none", progress=False)
     one, other = ([p.full_tensor() for p in vae.parameters()] for vae in (whole, resumed))
     if rank == 0:
-        say(log_px, len(test), all(map(torch.equal, one, other)))
+        say(-result.nll, len(result.log_px), all(map(torch.equal, one, other)))
         mine = sum(p.to_local().numel() for p in resumed.parameters())
         print(f"parameters: {mine} of {sum(p.numel() for p in resumed.parameters())} on rank 0")
     distributed.destroy_process_group()

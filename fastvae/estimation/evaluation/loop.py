@@ -112,7 +112,7 @@ def evaluate(
             simulated one 14 400. It is not part of a checkpoint. Default: no audit.
         shard: division of the work under torch.distributed: ``"data"`` (default), by batches; ``"samples"``,
             by each example's draws, for few examples and a large k; or ``"none"``: this process evaluates
-            alone, and others need not call evaluate.
+            alone, and others need not call evaluate, unless parameters are sharded (FSDP): then all must.
         progress: show a progress bar with the current NLL. Default True.
         generator: source of the noise. Default: torch's global random state.
         shared_noise: give all examples the same noise, and so also another model's evaluation with a
@@ -150,6 +150,7 @@ def evaluate(
     ranks, sample = Ranks(shard), Sample(audit or 0)
     shown = progress and ranks.rank == 0
     with ranks.telling():
+        ranks.check_whole(model.modules)
         batch_size = batch_size or model.batch_size(data)
         batches = Batches(data, batch_size, model.likelihood, prepare_batch, shard)
         settings = plan.settings()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from ..weights import Weights
 
@@ -100,6 +101,21 @@ class Ranks:
             )
         )
 
+    def check_whole(self, modules: list[nn.Module]) -> None:
+        """Validate that no rank needs the others to compute a module, since each has its own batches.
+
+        Raises:
+            ValueError: on every rank, if parameters are sharded.
+        """
+        if self.world > 1 and _are_sharded(modules):
+            raise self.unanimous(
+                ValueError(
+                    "vae has parameters that are sharded over the ranks (FSDP, DTensor): all must call it "
+                    'together, but they would evaluate different batches or draws. Pass shard="none" on '
+                    "every rank, to evaluate all data on each"
+                )
+            )
+
     def first(self, value: Any) -> Any:
         """Return the value of rank 0."""
         return self.gather(value, "first")[0]
@@ -128,6 +144,16 @@ class Ranks:
                 its = Weights(*(v.to(device) for v in values))
                 merged = its if merged is None else merged.merge(its)
         return merged
+
+
+def _are_sharded(modules: list[nn.Module]) -> bool:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    parts = [part for module in modules for part in module.modules()]
+    return any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in parts) or any(
+        isinstance(p, DTensor) for m in parts for p in m.parameters(recurse=False)
+    )
 
 
 @contextlib.contextmanager
