@@ -94,7 +94,7 @@ def test_renyi_elbo_is_iwae(vae, x):
     q = torch.distributions.Normal(*vae.encoder(x))
     loss = -fastvae.iwae(x, q, vae.decoder, k=k, likelihood="bernoulli", reduction="sum")
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-11)
-    torch.testing.assert_close(gradient(loss, vae.parameters()), theirs)
+    assert float((gradient(loss, vae.parameters()) - theirs).norm()) <= 1e-11 * float(theirs.norm())
 
 
 def test_a_pair_of_loc_and_scale_is_misread(vae, x):

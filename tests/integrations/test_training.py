@@ -127,6 +127,24 @@ def test_a_copy_has_its_own_networks(modules):
     assert not model.eval().vae.encoder.training
 
 
+def test_a_learned_likelihood_is_a_member(modules):
+    """A cached VAE registers nothing, so the module registers what its likelihood learns."""
+
+    class Learned(modules["Cached"]):
+        def __init__(self):
+            super().__init__()
+            self.likelihood = fastvae.likelihoods.Gaussian(scale=0.1, learned=True)
+
+        @functools.cached_property
+        def vae(self):
+            return fastvae.VAE(self.encoder, self.decoder, likelihood=self.likelihood)
+
+    model = Learned()
+    model.training_step([torch.rand(5, 7)], 0).backward()
+    added = dict(model.named_parameters()).keys() - dict(modules["Before"]().named_parameters()).keys()
+    assert added == {"likelihood.log_scale"} and model.likelihood.log_scale.grad is not None
+
+
 def test_a_member_has_each_key_twice(modules, checkpoint):
     """The reason why a VAE should not be a member of a module with old checkpoints."""
     state, _ = checkpoint
