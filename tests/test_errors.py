@@ -221,6 +221,11 @@ CASES = {
         ["a mean (mu, mean", "a log variance (logvar", "Got a dict of m, logvar"],
     ),
     "q an array": (lambda: elbo(x(), np.zeros((B, 2 * D)), pair), TypeError, ["q must be", "Got ndarray"]),
+    "q an encoder": (
+        lambda: elbo(x(), torch.nn.Linear(X, 2 * D), pair),
+        TypeError,
+        ["q must be", "Got the module Linear itself", "encoder(x)"],
+    ),
     "q None": (lambda: elbo(x(), None, pair), TypeError, ["q must be", "Got NoneType"]),
     "beta of several rows": (
         lambda: elbo(x(), q(), pair, beta=torch.ones(2, device=DEVICE)),

@@ -1,8 +1,8 @@
 """``python -m docs.experiments.integrations``: steps of other libraries, for the tables of docs/integrations.
 
 A step is zero_grad, forward, loss, backward and Adam. Both versions run in turns on one thread; the table has
-the median ratio of their CPU times, with the 20th and 80th percentile. The process keeps freed memory, so that
-page faults are not what is compared. Value and gradient are compared in float32, for the same noise.
+the median ratio of their CPU times, with the 20th and 80th percentile. The process keeps freed memory, so
+that page faults are not what is compared. Value and gradient are compared in float32, for the same noise.
 """
 
 from __future__ import annotations

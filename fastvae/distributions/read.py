@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as td
 
 from ..core.checks import check_tensor, shape_of
@@ -148,6 +148,8 @@ def _describe(q: Any) -> str:
         return f"Independent({type(q.base_dist).__name__}, {q.reinterpreted_batch_ndims})"
     if hasattr(q, "_fields"):
         return f"a {kind} of {', '.join(q._fields)}"
+    if isinstance(q, nn.Module):
+        return f"the module {kind} itself: pass what it returns, such as encoder(x)"
     return f"a {kind} of length {len(q)}" if isinstance(q, (tuple, list)) else kind
 
 

@@ -71,6 +71,7 @@ def test_ndcg():
     assert found == pytest.approx((1 + 0.5) / (1 + 1 / math.log2(3)))
 
 
+@pytest.mark.slow
 def test_both_models_are_far_above_popularity():
     """And below the rates that generated the clicks; of the time only that it is printed."""
     printed = run_example("recommender")

@@ -5,6 +5,7 @@ import pytest
 from .test_training import check_example
 
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.slow
 
 
 def test_fsdp2():
