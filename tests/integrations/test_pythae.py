@@ -75,7 +75,7 @@ def test_beta_vae(loss, fastvae_noise):
 
 @losses
 def test_nll(loss, fastvae_noise):
-    """get_nll is log p(x) by importance sampling, without a minus, and in eval mode fastvae's number."""
+    """get_nll returns log p(x) by importance sampling, not its negative: log_marginal's number."""
     model, x = build("VAE", reconstruction_loss=loss)
     vae = fastvae.VAE(model.encoder, model.decoder, likelihood=LIKELIHOODS[loss][0])
     # One example, whose K draws pythae makes as a batch of K.
@@ -85,7 +85,7 @@ def test_nll(loss, fastvae_noise):
     torch.manual_seed(SEED)
     assert float(vae.log_marginal(x[:1], k=50).log_px) == pytest.approx(expected, rel=1e-12)
     result = vae.evaluate(x, k=200, progress=False)
-    assert -result.nll == pytest.approx(model.get_nll(x, 200, 200), abs=6 * result.mc_stderr + 1)
+    assert -result.nll == pytest.approx(model.get_nll(x, 200, 200), abs=10 * result.mc_stderr)
     assert vae.sample(2).shape == vae.reconstruct(x[:2]).shape == (2, *SHAPE)
 
 
