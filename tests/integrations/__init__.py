@@ -1,4 +1,4 @@
-"""Tests with other people's libraries, as they are; a library that is not installed skips its file."""
+"""Tests with other people's libraries, as they are: ``python -m tools.integrations``."""
 
 import math
 import os

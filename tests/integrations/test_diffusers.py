@@ -2,6 +2,7 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,6 @@ from fastvae.likelihoods import Gaussian, Laplace
 
 from . import assert_same, noise
 
-diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("float64", "one_thread")
 
 B, IMAGE, LATENT, SEED = 2, (3, 32, 32), (4, 16, 16), 7

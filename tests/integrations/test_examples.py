@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(name: str) -> str:
-    """Run an example, and return what it printed."""
-    command = [sys.executable, str(ROOT / "docs" / "examples" / f"{name}.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from . import run_example as run
 
 
 def number(label: str, text: str) -> float:

@@ -2,19 +2,17 @@
 
 import copy
 
+import pyro
 import pytest
 import torch
+from pyro import distributions as dist
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 import fastvae
+from docs.examples.pyro_models import M2, VAE
 
 from . import assert_same, gradient, noise
-
-pyro = pytest.importorskip("pyro")
-from pyro import distributions as dist  # noqa: E402
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO  # noqa: E402
-
-from docs.examples.pyro_models import M2, VAE  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("float64", "one_thread")
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pythae import models
 from torch import nn
 
 import fastvae
@@ -11,7 +12,6 @@ from fastvae.likelihoods import Bernoulli, Gaussian
 
 from . import assert_same, gradient, noise
 
-models = pytest.importorskip("pythae.models")
 pytestmark = pytest.mark.usefixtures("float64", "one_thread")
 
 B, SHAPE, D, SEED = 6, (1, 4, 5), 3, 7

@@ -13,19 +13,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
+import scvi
 import torch
+from scvi.distributions import NegativeBinomial
+from scvi.distributions._negative_binomial import log_nb_positive, log_zinb_positive
+from torch.nn.utils import parameters_to_vector
 
-scvi = pytest.importorskip("scvi")
-anndata = pytest.importorskip("anndata")
-
-from scvi.distributions import NegativeBinomial  # noqa: E402
-from scvi.distributions._negative_binomial import log_nb_positive, log_zinb_positive  # noqa: E402
-from torch.nn.utils import parameters_to_vector  # noqa: E402
-
-from fastvae.integrations import scvi as ours  # noqa: E402
-from fastvae.integrations.scvi import evaluate, fast  # noqa: E402
+from fastvae.integrations import scvi as ours
+from fastvae.integrations.scvi import evaluate, fast
 
 SCVI, LinearSCVI, SCANVI, TOTALVI = (
     scvi.model.SCVI,
@@ -516,7 +514,6 @@ def test_models_without_such_a_marginal_are_refused():
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.skipif(not DOCS.exists(), reason="the documentation is not there")
 def test_the_page_runs():
     text = (DOCS / "integrations" / "scvi.md").read_text("utf-8")
     (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M)
@@ -525,7 +522,6 @@ def test_the_page_runs():
     assert space["result"].log_px.shape == (80,) and space["suspect"].size < 8
 
 
-@pytest.mark.skipif(not DOCS.exists(), reason="the documentation is not there")
 def test_the_example_runs(capsys):
     """The estimate of adapted draws is the higher one, by far more than its error, and can be trusted."""
     runpy.run_path(str(DOCS / "examples" / "single_cells.py"), run_name="__main__")

@@ -4,7 +4,6 @@ import pytest
 
 from .test_training import check_example
 
-pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
 
 

@@ -27,21 +27,16 @@ def check_example(name: str) -> list[str]:
 
 @pytest.mark.slow
 def test_ddp():
-    pytest.importorskip("sklearn")
     assert check_example("ddp_vae") == []
 
 
 @pytest.mark.slow
 def test_accelerate():
-    pytest.importorskip("sklearn")
-    pytest.importorskip("accelerate")
     assert check_example("accelerate_vae") == []
 
 
 @pytest.mark.slow
 def test_lightning():
-    pytest.importorskip("sklearn")
-    pytest.importorskip("lightning")
     (keys,) = check_example("lightning_vae")
     names = [f"{part}.{i}.{p}" for part in ("encoder", "decoder") for i in (0, 2) for p in ("weight", "bias")]
     assert keys == f"state_dict: {' '.join(names)}"
@@ -50,7 +45,7 @@ def test_lightning():
 @pytest.fixture(scope="module")
 def modules():
     """Return LightningModules by name: before fastvae, with functions, a cached VAE, a member."""
-    lightning = pytest.importorskip("lightning")
+    import lightning
 
     class Before(lightning.LightningModule):
         def __init__(self):
