@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tools import fakecard
+from tools import fakecard, integrations
 from tools.fakecard import __main__ as command
 from tools.fakecard import build, libraries
 
@@ -85,3 +85,14 @@ def test_control_says_how_to_run_it(monkeypatch):
     code = "from tools.fakecard import control; control.counts()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=build.ROOT)
     assert "run this as `python -m tools.fakecard -- python ...`" in run.stderr
+
+
+def test_the_environment_of_the_integrations_has_pinned_libraries(monkeypatch):
+    """Every extra of a library and every tool of the tests is installed, with its version."""
+    found = integrations.requirements()
+    names = {re.split("[=><]", r)[0] for r in found}
+    for name in ("torch", "numpy", "scvi-tools", "pythae", "diffusers", "pyro-ppl", "lightning", "pytest"):
+        assert name in names
+    assert all(
+        "==" in r for r in found if re.match("scvi|pythae|diffusers|pyro|lightning|accelerate|pytest", r)
+    )

@@ -27,12 +27,13 @@ def is_active() -> bool:
 def requirements() -> list[str]:
     """Return the requirements of the extras, and those of the tests with their versions."""
     text = (ROOT / "pyproject.toml").read_text()
+    tests = re.search(r"^test = \[(.*?)^\]", text, re.M | re.S)[1]  # type: ignore[index]
     every = re.search(r"^dependencies = \[(.*?)^\]", text, re.M | re.S)[1]  # type: ignore[index]
     found = re.findall(r'"(.*?)"', every)
     for extra in EXTRAS:
         listed = re.search(rf"^{extra} = \[(.*?)\]", text, re.M | re.S)[1]  # type: ignore[index]
         found += re.findall(r'"(.*?)"', listed)
-    return found + [re.search(rf'"({name}==[^"]*)"', text)[1] for name in TESTS]  # type: ignore[index]
+    return found + [re.search(rf'"({name}[=><][^"]*)"', tests)[1] for name in TESTS]  # type: ignore[index]
 
 
 def environment() -> Path:

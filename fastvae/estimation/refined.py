@@ -172,6 +172,12 @@ def _gaussian(fitted: Fitted, scale: float, like: Tensor) -> Distribution:
     return FullNormal.of(fitted.mean.to(like.dtype), tril.to(like.dtype))
 
 
+def refined_posterior(inputs: Inputs, seed: Tensor, steps: int) -> Distribution:
+    """Return the Gaussian of each example as a posterior, in the dtype of q's draws."""
+    fitted = refine(inputs, seed, Settings(steps, 16, 2, 0.0, 0.0, 1.0), 0)
+    return with_latent_of(inputs.q, _gaussian(fitted, 1.0, example_of(inputs.q)))
+
+
 def refine(inputs: Inputs, seed: Tensor, settings: Settings, row_offset: int) -> Fitted:
     """Fit a Gaussian with a full covariance to p(z|x) of each example.
 
