@@ -106,6 +106,7 @@ ESTIMATORS: dict[str, Estimator] = {
     '`noise="qmc"`': _interval(noise="qmc"),
     '`proposal="defensive"`': _interval(proposal="defensive"),
     '`proposal="adapted"`': _interval(proposal="adapted"),
+    '`proposal="refined"`': _interval(proposal="refined"),
 }
 
 

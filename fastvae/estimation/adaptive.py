@@ -93,7 +93,8 @@ class AdaptedDraws(Draws):
         return replace(scaled, uneven=spread)
 
     def elbo(self, total: Weights) -> Tensor:
-        return total.elbo if self._elbo is None else self._elbo
+        first = self._elbo if self.elbo_of_q is None else self.elbo_of_q
+        return total.elbo if first is None else first
 
     def _refit(self, rows: Tensor | None) -> None:
         """Fit the next round's proposal for these examples."""

@@ -42,6 +42,9 @@ class Alone:
 class Draws:
     """Weights of the draws of a batch from one proposal."""
 
+    # q's ELBO [B] from draws of its own, where those of the estimate are not from q.
+    elbo_of_q: Tensor | None = None
+
     def __init__(
         self,
         inputs: Inputs,
@@ -79,6 +82,8 @@ class Draws:
 
     def elbo(self, total: Weights) -> Tensor:
         """Return the mean log weight under q [B]; NaN if the draws are not from q."""
+        if self.elbo_of_q is not None:
+            return self.elbo_of_q
         return total.elbo if self._are_of_q else torch.full_like(total.elbo, math.nan)
 
 

@@ -25,7 +25,7 @@ from ..inputs.batch import Inputs
 from .adaptive import AdaptedDraws, Fit
 from .draws import Alone, Draws, Sharing, example_of, with_latent_of
 from .pareto import tail_length
-from .refined import NoDerivative, RefinedAdaptedDraws, RefinedDraws, Settings
+from .refined import NoDerivative, Settings, begin
 from .stream import Chunks
 
 __all__ = ["Adapted", "Defensive", "Posterior", "Proposal", "Refined", "as_proposal"]
@@ -327,23 +327,25 @@ class Refined(Proposal):
         settings = Settings(
             self.steps, self.draws_per_step, self.curvature_draws, self.posterior, self.prior, self.scale
         )
-        given = inputs, seed, row_offset, chunks, tail, ranks or Alone()
         adapts = self.adapted
         if adapts is None:
             adapts = example_of(inputs.q, row_offset).shape[1] <= _MOST_ADAPTED
         try:
-            if not adapts or seed.dim():
-                return RefinedDraws(settings, *given)
-            other = Adapted()
-            fit = Fit(other.posterior, self.prior, other.df, other.scale, other.rounds(k))
-            return RefinedAdaptedDraws(settings, fit, *given)
+            made, elbo = begin(settings, inputs, seed, row_offset, chunks)
         except NoDerivative as error:
             instead = "q's" if seed.dim() else "those of 'adapted'"
             warnings.warn(
                 f"proposal='refined': {error}; the draws are {instead}", RuntimeWarning, stacklevel=2
             )
-        fallback = Posterior() if seed.dim() else Adapted()
-        return fallback.draws(inputs, seed, row_offset, k, chunks, tail, ranks)
+            fallback = Posterior() if seed.dim() else Adapted()
+            return fallback.draws(inputs, seed, row_offset, k, chunks, tail, ranks)
+        if adapts and not seed.dim():
+            proposal = Adapted(prior=self.prior)
+            drawn = proposal.draws(made, seed, row_offset, k, chunks, tail, ranks)
+        else:
+            drawn = Draws(made, seed, row_offset, chunks, tail, ranks or Alone(), False)
+        drawn.elbo_of_q = elbo
+        return drawn
 
 
 _COUNTS = {

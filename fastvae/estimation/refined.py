@@ -45,10 +45,8 @@ from ..likelihoods.categorical import Categorical
 from ..likelihoods.declared import Declared
 from ..likelihoods.joint import Joint
 from . import stream as _stream
-from .adaptive import AdaptedDraws, Fit
-from .draws import Draws, Sharing, example_of, with_latent_of
+from .draws import example_of, with_latent_of
 from .stream import Chunks
-from .weights import Weights
 
 # First level of the noise's address that belongs to the fit: the draws that estimate are independent of it.
 _LEVEL = 2**31
@@ -90,57 +88,24 @@ class Settings(NamedTuple):
     scale: float | None
 
 
-class _Refined:
-    """Part of the draws below: q's ELBO, from draws of its own."""
+class Begun(NamedTuple):
+    """Inputs with the refined proposal in place of q, and q's ELBO [B]."""
 
-    def _begin(
-        self, settings: Settings, inputs: Inputs, seed: Tensor, row_offset: int, chunks: Chunks
-    ) -> Inputs:
-        """Return the inputs with the proposal of the first draws in place of q."""
-        fitted = refine(inputs, seed, settings, row_offset)
-        r = with_latent_of(inputs.q, _mixture(inputs, fitted, seed, settings, row_offset))
-        other = derived_seed(seed.reshape(-1)[0], _ELBO)
-        of_q = _stream.stream(inputs, other, 0, _ELBO, chunks, row_offset=row_offset)
-        self._elbo_of_q = torch.cat(list(of_q)).double().mean(0)
-        return inputs._replace(q=r)
-
-    def elbo(self, total: Weights) -> Tensor:
-        return self._elbo_of_q
+    inputs: Inputs
+    elbo: Tensor
 
 
-class RefinedDraws(_Refined, Draws):
-    """Draws of a mixture of q, the prior and a Gaussian that is fitted to each example."""
+def begin(settings: Settings, inputs: Inputs, seed: Tensor, row_offset: int, chunks: Chunks) -> Begun:
+    """Fit each example's Gaussian, and return the mixture to draw from.
 
-    def __init__(
-        self,
-        settings: Settings,
-        inputs: Inputs,
-        seed: Tensor,
-        row_offset: int,
-        chunks: Chunks,
-        tail: int,
-        ranks: Sharing,
-    ):
-        made = self._begin(settings, inputs, seed, row_offset, chunks)
-        super().__init__(made, seed, row_offset, chunks, tail, ranks, False)
-
-
-class RefinedAdaptedDraws(_Refined, AdaptedDraws):
-    """The same, of which the proposal is then fitted to the weighted draws, in rounds."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        fit: Fit,
-        inputs: Inputs,
-        seed: Tensor,
-        row_offset: int,
-        chunks: Chunks,
-        tail: int,
-        ranks: Sharing,
-    ):
-        made = self._begin(settings, inputs, seed, row_offset, chunks)
-        super().__init__(fit, made, seed, row_offset, chunks, tail, ranks)
+    Raises:
+        NoDerivative: if log p(x, z) cannot be differentiated by z.
+    """
+    fitted = refine(inputs, seed, settings, row_offset)
+    r = with_latent_of(inputs.q, _mixture(inputs, fitted, seed, settings, row_offset))
+    other = derived_seed(seed.reshape(-1)[0], _ELBO)
+    of_q = _stream.stream(inputs, other, 0, _ELBO, chunks, row_offset=row_offset)
+    return Begun(inputs._replace(q=r), torch.cat(list(of_q)).double().mean(0))
 
 
 def _mixture(
