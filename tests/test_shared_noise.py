@@ -174,7 +174,7 @@ def test_batches_chunks_and_files_change_nothing(tmp_path):
 
 
 def test_few_draws():
-    """With fewer draws than groups each draw is a group; a single draw has no error."""
+    """Each draw is a group if there are fewer draws than groups; a single draw has no error."""
     vae, mutants = _model()
     few = _evaluate(vae, mutants, k=5)
     assert few.left_out.shape == (5, len(mutants)) and bool(few.delta(1).stderr.isfinite().all())

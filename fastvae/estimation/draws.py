@@ -42,7 +42,7 @@ class Alone:
 class Draws:
     """Weights of the draws of a batch from one proposal."""
 
-    # q's ELBO [B] from draws of its own, where those of the estimate are not from q.
+    # q's ELBO [B] from separate draws, where those of the estimate are not from q.
     elbo_of_q: Tensor | None = None
 
     def __init__(

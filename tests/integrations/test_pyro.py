@@ -82,7 +82,7 @@ def test_a_mask(vae, x):
 
 
 def test_renyi_elbo_is_iwae(vae, x):
-    """With α = 0; it has no differentiable loss, so the gradients are those it leaves."""
+    """RenyiELBO(alpha=0) has IWAE's gradients; it leaves them, without a differentiable loss."""
     k = 5
     objective = RenyiELBO(alpha=0, num_particles=k, vectorize_particles=True, max_plate_nesting=1)
     torch.manual_seed(SEED)

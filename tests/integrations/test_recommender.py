@@ -64,7 +64,7 @@ def test_rec_vae(batch):
 
 
 def test_ndcg():
-    """Of scores known by hand: the hidden items come first and third, a seen one does not count."""
+    """Scores known by hand: the hidden items come first and third, a seen one does not count."""
     scores = torch.zeros(1, recommender.ITEMS)
     scores[0, :4] = torch.tensor([9.0, 8.0, 7.0, 6.0])
     found = recommender.ndcg(scores, torch.tensor([[0]]), torch.tensor([[1, 3]]))

@@ -122,7 +122,7 @@ def assert_same_step(theirs, fast_model, data):
 
 @pytest.mark.parametrize("inflated", [False, True])
 def test_a_gene_differs_by_at_most_epsilon(inflated):
-    """In float64, for means from 1e-12 to 1e5, dispersions from 1e-6 to 1e6, and logits of both signs."""
+    """Means from 1e-12 to 1e5, dispersions from 1e-6 to 1e6, and logits of both signs, in float64."""
     x, mu, theta, logit = torch.cartesian_prod(
         torch.tensor([0.0, 1, 2, 7, 50, 1000], dtype=torch.float64),
         10 ** torch.linspace(-12, 5, 18, dtype=torch.float64),
@@ -153,7 +153,7 @@ def test_a_step_is_the_same(kind, dispersion):
 
 
 def test_a_rate_of_zero_has_a_gradient():
-    """For a count of 0; scvi-tools' gradient is NaN."""
+    """A count of 0 at a rate of 0 has a finite gradient; scvi-tools' is NaN."""
     data = cells()
     data.X[:, 3] = 0
     model = build(fast(SCVI), data, gene_likelihood="poisson")
@@ -427,7 +427,7 @@ def test_log_p_of_cells_with_a_logistic_normal():
 
 
 def test_log_p_of_cells_is_that_of_get_marginal_ll(trained):
-    """For draws from q, and cells for which both can be trusted."""
+    """Draws from q give the same number for cells where both can be trusted."""
     model, _ = trained
     some = {"indices": range(60)}
     result = evaluate(model, **some, k=500, proposal="posterior", progress=False)
