@@ -421,9 +421,11 @@ class Threads:
             a, b = (
                 self.value(s, dtype).astype(np.uint64 if kind[0] == "u" else np.int64) for s in sources[:2]
             )
-            out = a * b
-            if op[1] == "hi":
-                out = (out >> out.dtype.type(32)).astype(dtype)
+            if op[1] == "hi" and np.dtype(dtype).itemsize == 8:  # numpy has no integers of 128 bits
+                out = ((a.astype(object) * b.astype(object)) >> 64).astype(dtype)
+            else:
+                out = a * b
+                out = (out >> out.dtype.type(32)).astype(dtype) if op[1] == "hi" else out
             if name == "mad":
                 out = out + self.value(sources[2], out.dtype.type)
             self.put(to, out, active)

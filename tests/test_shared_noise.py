@@ -38,6 +38,11 @@ def _families():
     }
 
 
+def _assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    # On a GPU the program of another shape may round the transform of the same words differently.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 if actual.is_cuda else 0)
+
+
 @pytest.mark.parametrize("qmc", [False, True])
 def test_all_rows_have_the_noise_of_row_0(backend, qmc):
     """Normals of B rows equal those of one, for any number of columns and samples, on every backend."""
@@ -45,9 +50,9 @@ def test_all_rows_have_the_noise_of_row_0(backend, qmc):
     for columns in (1, 6, 130, 700):
         shared = random.normal(seed, K, B, columns, sample_offset=2, row_offset=-1)
         one = random.normal(seed, K, 1, columns, sample_offset=2)
-        assert torch.equal(shared, one.expand(K, B, columns))
+        _assert_equal(shared, one.expand(K, B, columns))
     shared = random.normal(seed, K, B, 6, row_offset=-1, level=2)
-    assert torch.equal(shared[:, 3], random.normal(seed, K, 1, 6, level=2)[:, 0])
+    _assert_equal(shared[:, 3], random.normal(seed, K, 1, 6, level=2)[:, 0])
 
 
 @pytest.mark.parametrize("family", list(_families()))
