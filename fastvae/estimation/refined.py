@@ -160,6 +160,8 @@ def refine(inputs: Inputs, seed: Tensor, settings: Settings, row_offset: int) ->
         return random.normal(seed, draws, batch, d, row_offset=row_offset, level=_LEVEL + level).double()
 
     half = noise(-(-settings.draws // 2), 0)
+    # Of variance 1 in each dimension, as well: the ELBOs of two normals are then compared with less noise.
+    half = half / half.square().mean(0).sqrt()
     eps = torch.cat([half, -half])
     precision = torch.diag_embed(1 / variance)
     bound, gradient = _bound(inputs, mean, precision, eps, like.dtype)
@@ -182,7 +184,7 @@ def refine(inputs: Inputs, seed: Tensor, settings: Settings, row_offset: int) ->
         precision = torch.where(moved[:, None, None], new_precision, precision)
         bound = torch.where(moved, new_bound, bound)
         size = torch.where(moved, (2 * size).clamp(max=1), size / 3)
-    worse = ~(bound >= first[0])
+    worse = ~(bound >= first[0] - _SLACK)
     mean = torch.where(worse[:, None], first[1], mean)
     precision = torch.where(worse[:, None, None], first[2], precision)
     covariance = torch.linalg.inv_ex(precision).inverse
