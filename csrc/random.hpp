@@ -204,10 +204,7 @@ class Noise {
   // @param row_offset address of the first row, or -1 if all rows share the noise of row 0
   // @param level of latents in several levels, which the counter's last word tells apart
   Noise(Key key, i64 sample_offset, i64 row_offset, std::uint32_t level = 0)
-      : key_(key),
-        level_(level),
-        sample_offset_(sample_offset),
-        row_offset_(row_offset),
+      : key_(key), level_(level), sample_offset_(sample_offset), row_offset_(row_offset),
         shared_(row_offset < 0) {}
 
   // From here on tiles begin at `column`, a multiple of 4; their pitch is the least multiple of 4.

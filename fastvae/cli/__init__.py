@@ -165,8 +165,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--proposal",
         default="posterior",
         metavar="NAME",
-        help="what z is drawn from: posterior, the model's q; adapted, fitted to each example's draws; refined, "
-        "fitted to each example by gradients; defensive, q and the prior in turn (default: %(default)s)",
+        help="what z is drawn from: posterior, the model's q; adapted, fitted to each example's draws; "
+        "refined, fitted to it by gradients; defensive, q and the prior in turn (default: %(default)s)",
     )
     evaluate.add_argument(
         "--noise",
