@@ -374,3 +374,29 @@ def test_a_refined_posterior_of_shaped_latents():
     q = vae.refine(x)
     assert q.latent == (1, 2, 2)
     assert float(fastvae.elbo(x, q, decoder, likelihood="bernoulli", k=50)) > float(vae.elbo(x, k=50))
+
+
+def test_an_empty_batch():
+    x, q = torch.ones(0, X, device=DEVICE), torch.zeros(0, 2 * D, device=DEVICE)
+    result = fastvae.log_marginal(x, q, Wavy(), k=K, likelihood="bernoulli", proposal="refined")
+    assert result.log_px.shape == (0,)
+
+
+def test_two_modes():
+    """x = z² + noise has two modes, of which the fit finds one; the shares of q and prior find the other."""
+    x = torch.linspace(0.5, 2, B, device=DEVICE)[:, None]
+    likelihood = likelihoods.Gaussian(scale=0.1)
+
+    def decoder(z):
+        return z.square()
+
+    q = torch.full((B, 1), 0.9, device=DEVICE), torch.full((B, 1), -2.0, device=DEVICE)
+    result = fastvae.log_marginal(
+        x, q, decoder, k=4000, likelihood=likelihood, proposal="refined", generator=_generator()
+    )
+    exact = fastvae.audit.lattice(x, decoder, latent_dim=1, likelihood=likelihood).log_px
+    error = (result.log_px.double() - exact.to(DEVICE).double()).abs() / result.log_px_stderr
+    assert float(error.max()) < 4.5
+    # From q, which has one mode, log 2 is missing.
+    plain = fastvae.log_marginal(x, q, decoder, k=4000, likelihood=likelihood, generator=_generator())
+    assert float((exact.to(DEVICE) - plain.log_px).median()) > 0.5

@@ -327,6 +327,8 @@ class Refined(Proposal):
         settings = Settings(
             self.steps, self.draws_per_step, self.curvature_draws, self.posterior, self.prior, self.scale
         )
+        if not inputs.q.batch:  # nothing to fit
+            return Posterior().draws(inputs, seed, row_offset, k, chunks, tail, ranks)
         adapts = self.adapted
         if adapts is None:
             adapts = example_of(inputs.q, row_offset).shape[1] <= _MOST_ADAPTED

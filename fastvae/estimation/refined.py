@@ -33,6 +33,7 @@ from ..distributions import (
     MultivariateStudentT,
     StandardNormal,
     StratifiedMixture,
+    draw_z,
     expanded_at_address,
     rsample_log_prob,
 )
@@ -111,22 +112,39 @@ def begin(settings: Settings, inputs: Inputs, seed: Tensor, row_offset: int, chu
 def _mixture(
     inputs: Inputs, fitted: Fitted, seed: Tensor, settings: Settings, row_offset: int
 ) -> Distribution:
-    """Return the proposal: the Gaussian alone for examples whose weights it makes equal."""
+    """Return the proposal: the Gaussian alone for examples whose posterior it is."""
     q, like = inputs.q, example_of(inputs.q, row_offset)
     batch, d = fitted.mean.shape
     exact = _gaussian(fitted, 1.0, like)
-    z, log_r = rsample_log_prob(
-        exact, _TRIAL, derived_seed(seed.reshape(-1)[0], _TRIAL), row_offset=row_offset
-    )
-    log_w = (inputs.log_likelihood(z) + inputs.prior.log_prob(z) - log_r).double()
-    w = torch.softmax(log_w, 0)
-    stays = len(w) * w.square().sum(0) - 1 < _EQUAL
     wide = _gaussian(fitted, settings.scale or 1 + 0.7 / math.sqrt(d), like)
     shares = settings.posterior, settings.prior
     prior = expanded_at_address(inputs.prior, batch, like)
     if prior is None:
-        prior, shares = q, (sum(shares), 0.0)
+        return StratifiedMixture([exact, q, wide], [0.0, sum(shares), 1 - sum(shares)])
+    stays = _is_posterior(inputs, exact, prior, derived_seed(seed.reshape(-1)[0], _TRIAL), row_offset)
     return StratifiedMixture([exact, q, prior, wide], [0.0, *shares, 1 - sum(shares)], 1, stays)
+
+
+def _is_posterior(
+    inputs: Inputs, r: Distribution, prior: Distribution, seed: Tensor, row_offset: int
+) -> Tensor:
+    """Return True for the examples whose weights p(x, z) / r(z) are equal, at draws of r and of the prior [B].
+
+    Draws of r alone would not show a second mode, of whose draws the weights are far larger.
+    """
+    place = {"row_offset": row_offset}
+    z, log_r = rsample_log_prob(r, _TRIAL, seed, **place)
+    log_w = (inputs.log_likelihood(z) + inputs.prior.log_prob(z) - log_r).double()
+    far = draw_z(prior, _TRIAL, seed + 1, 0, row_offset).to(z.dtype)
+    log_p, log_r = (
+        (inputs.log_likelihood(far) + inputs.prior.log_prob(far)).double(),
+        r.log_prob(far).double(),
+    )
+    w = torch.softmax(log_w, 0)
+    equal = len(w) * w.square().sum(0) - 1 < _EQUAL
+    # Far from x both densities are large numbers, rounded.
+    allowed = 0.1 + 1e-5 * (log_p.abs() + log_r.abs())
+    return equal & (log_p - log_r <= log_w.mean(0) + allowed).all(0)
 
 
 def _gaussian(fitted: Fitted, scale: float, like: Tensor) -> Distribution:
