@@ -128,9 +128,10 @@ def _mixture(
 def _is_posterior(
     inputs: Inputs, r: Distribution, prior: Distribution, seed: Tensor, row_offset: int
 ) -> Tensor:
-    """Return True for the examples whose weights p(x, z) / r(z) are equal, at draws of r and of the prior [B].
+    """Return True for the examples whose weights p(x, z) / r(z) are equal, [B].
 
-    Draws of r alone would not show a second mode, of whose draws the weights are far larger.
+    At draws of r they are equal, too, if r is one of several modes; at some of the prior's they then are far
+    larger.
     """
     place = {"row_offset": row_offset}
     z, log_r = rsample_log_prob(r, _TRIAL, seed, **place)
