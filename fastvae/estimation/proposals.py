@@ -255,10 +255,10 @@ class Refined(Proposal):
 
     .. math:: r = s_q\, q + s_p\, p + (1 - s_q - s_p)\, N(m, c^2 Λ^{-1})
 
-    The noise of the fit is independent of the draws, so that :math:`\hat p(x)` is unbiased. An example is drawn
-    from N(m, Λ⁻¹) alone if its weights there have a relative variance below 0.01, and are no larger at draws of
-    the prior: for a linear decoder with Gaussian noise all weights are equal. An example that no step improves
-    keeps q's mean and variance.
+    The noise of the fit is independent of the draws, so that :math:`\hat p(x)` is unbiased. An example is
+    drawn from N(m, Λ⁻¹) alone if its weights there have a relative variance below 0.01, and are no larger at
+    draws of the prior: for a linear decoder with Gaussian noise all weights are equal. An example that no
+    step improves keeps q's mean and variance.
 
     The fit costs as much as ``steps · (3 draws_per_step + 2 D curvature_draws)`` draws of each example, and
     needs matrices [B, D, D] in float64. The decoder must be differentiable by z, in reverse and in forward

@@ -133,14 +133,11 @@ def _is_posterior(
     At draws of r they are equal, too, if r is one of several modes; at some of the prior's they then are far
     larger.
     """
-    place = {"row_offset": row_offset}
-    z, log_r = rsample_log_prob(r, _TRIAL, seed, **place)
+    z, log_r = rsample_log_prob(r, _TRIAL, seed, row_offset=row_offset)
     log_w = (inputs.log_likelihood(z) + inputs.prior.log_prob(z) - log_r).double()
     far = draw_z(prior, _TRIAL, seed + 1, 0, row_offset).to(z.dtype)
-    log_p, log_r = (
-        (inputs.log_likelihood(far) + inputs.prior.log_prob(far)).double(),
-        r.log_prob(far).double(),
-    )
+    log_p = (inputs.log_likelihood(far) + inputs.prior.log_prob(far)).double()
+    log_r = r.log_prob(far).double()
     w = torch.softmax(log_w, 0)
     equal = len(w) * w.square().sum(0) - 1 < _EQUAL
     # Far from x both densities are large numbers, rounded.
