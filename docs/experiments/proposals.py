@@ -77,6 +77,74 @@ def report(name: str, vae: fastvae.VAE, x: Tensor, annealed: int) -> None:
     )
 
 
+# The picture's points: draws of each proposal, and steps of the annealing.
+POINTS = {
+    "posterior": (100, 500, 2000, 5000, 20_000),
+    "adapted": (500, 2000, 5000, 20_000),
+    "refined": (100, 500, 2000, 5000, 20_000),
+    "AIS": (100, 300, 1000),
+}
+# Text, index of the point that it is written at, its offset in points, and its alignment.
+LABELS = {
+    "posterior": ("draws from q", -1, (0, 8), "center"),
+    "adapted": ('"adapted"', 1, (10, -6), "left"),
+    "refined": ('"refined"', 0, (-8, 8), "right"),
+    "AIS": ("annealed importance\nsampling", -1, (0, 9), "center"),
+}
+
+
+def measure(vae: fastvae.VAE, x: Tensor) -> list[tuple[str, int, float, float]]:
+    """Return name, draws or steps, CPU seconds per example and mean log p(x) of each point."""
+    found = []
+    for name, counts in POINTS.items():
+        for count in counts:
+            noise, begin = torch.Generator().manual_seed(1), time.process_time()
+            if name == "AIS":
+                log_px = vae.ais(x, steps=count, k=16, generator=noise).log_px
+            else:
+                log_px = vae.log_marginal(x, k=count, proposal=name, generator=noise).log_px
+            seconds = (time.process_time() - begin) / len(x)
+            found.append((name, count, seconds, float(log_px.mean())))
+            print(f"{name} {count}: {found[-1][3]:.3f} nats, {1e3 * seconds:.1f} ms", file=sys.stderr)
+    return found
+
+
+def draw(points: list[tuple[str, int, float, float]], path: Path, what: str) -> None:
+    """Draw log p(x) against time, and write the numbers next to the picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = {"posterior": "#999999", "adapted": "#e69f00", "refined": "#0072b2", "AIS": "#009e73"}
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for name in POINTS:
+        mine = [p for p in points if p[0] == name]
+        seconds, values = [1e3 * p[2] for p in mine], [p[3] for p in mine]
+        axes.plot(seconds, values, "o-", color=colors[name], lw=2, ms=5)
+        text, index, offset, align = LABELS[name]
+        bold = "bold" if name == "refined" else None
+        axes.annotate(
+            text, (seconds[index], values[index]), offset, textcoords="offset points", ha=align,
+            color=colors[name], fontweight=bold,
+        )  # fmt: skip
+        for s, v, (_, count, *_) in zip(seconds, values, mine, strict=True):
+            if name == "posterior":
+                axes.annotate(
+                    f"K = {count:,}", (s, v), (6, -10), textcoords="offset points", fontsize=8, color="#666"
+                )
+    axes.set_xscale("log")
+    axes.margins(x=0.14, y=0.16)
+    axes.set(xlabel="CPU milliseconds per image", ylabel="mean log p(x), nats", title=what)
+    axes.title.set_fontsize("medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
+    rows = ["method,draws or steps,CPU seconds per image,log p(x)"]
+    rows += [f"{name},{count},{seconds:.6f},{value:.4f}" for name, count, seconds, value in points]
+    path.with_suffix(".csv").write_text("\n".join(rows) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m docs.experiments.proposals", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's IDX files")
@@ -84,11 +152,17 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--images", type=int, default=300, help="test images")
-    parser.add_argument("--annealed", type=int, default=100, help="test images for AIS")
+    parser.add_argument("--annealed", type=int, default=100, help="test images for AIS and the picture")
+    parser.add_argument("--picture", type=Path, help="draw this picture of the first objective instead")
     options = parser.parse_args()
     options.models.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     images = idx_folder(options.data)
+    if options.picture:
+        vae = trained(options.objectives[0], images.train, options.epochs, options.models)
+        what = f"MNIST, {LATENTS} latents, the same {options.annealed} test images: estimates of log p(x)"
+        draw(measure(vae, images.test[: options.annealed]), options.picture, what)
+        return
     print("| trained by | proposal, draws | log p(x) | stderr, mean | k̂ > 0.7 | ESS, median | CPU s |")
     print("|---|---|---|---|---|---|---|")
     for name in options.objectives:
