@@ -489,8 +489,8 @@ class VAE(nn.Module):
             True
         """
         what = "steps", "the steps of the fit"
-        inputs, seed, steps, _ = self._weighted(x, x, steps, None, mask, context, generator, what)
-        return refined_posterior(inputs, seed, steps)
+        inputs, seed, steps, chunks = self._weighted(x, x, steps, None, mask, context, generator, what)
+        return refined_posterior(inputs, seed, steps, chunks)
 
     @teaches
     @torch.no_grad()

@@ -400,3 +400,22 @@ def test_two_modes():
     # From q, which has one mode, log 2 is missing.
     plain = fastvae.log_marginal(x, q, decoder, k=4000, likelihood=likelihood, generator=_generator())
     assert float((exact.to(DEVICE) - plain.log_px).median()) > 0.5
+
+
+def test_the_decoder_never_gets_more_rows_than_a_chunk():
+    """k_chunk bounds the fit's passes, too, and changes the results only by rounding."""
+    body, rows = Wavy(), []
+
+    def decoder(z):
+        rows.append(len(z))
+        return body(z)
+
+    x, q = _randn(B, X, seed=3).gt(0).float(), torch.zeros(B, 2 * D, device=DEVICE)
+    options = {"k": 100, "likelihood": "bernoulli", "proposal": "refined"}
+    whole, parts = (
+        fastvae.log_marginal(x, q, decoder, k_chunk=chunk, generator=_generator(), **options)
+        for chunk in (None, 2)
+    )
+    torch.testing.assert_close(whole.log_px, parts.log_px, rtol=0, atol=1e-3)
+    first = rows.index(2 * B)
+    assert max(rows[first:]) <= 2 * B

@@ -53,6 +53,8 @@ from .stream import Chunks
 _LEVEL = 2**31
 # Draws for the moments of a q that does not name them, for q's ELBO, and to compare the weights.
 _MOMENTS, _ELBO, _TRIAL = 256, 64, 32
+# Numbers of their seeds, beyond those of the mixtures that the estimate draws from.
+_SEEDS = {_MOMENTS: 10**6, _ELBO: 10**6 + 1, _TRIAL: 10**6 + 2}
 # Relative variance of the weights below which the Gaussian itself is the proposal.
 _EQUAL = 0.01
 # Numbers of a decoder's Jacobian that are computed at a time.
@@ -102,15 +104,19 @@ def begin(settings: Settings, inputs: Inputs, seed: Tensor, row_offset: int, chu
     Raises:
         NoDerivative: if log p(x, z) cannot be differentiated by z.
     """
-    fitted = refine(inputs, seed, settings, row_offset)
-    r = with_latent_of(inputs.q, _mixture(inputs, fitted, seed, settings, row_offset))
-    other = derived_seed(seed.reshape(-1)[0], _ELBO)
-    of_q = _stream.stream(inputs, other, 0, _ELBO, chunks, row_offset=row_offset)
+    fitted = refine(inputs, seed, settings, row_offset, chunks)
+    r = with_latent_of(inputs.q, _mixture(inputs, fitted, seed, settings, row_offset, chunks))
+    of_q = _stream.stream(inputs, _seed(seed, _ELBO), 0, _ELBO, chunks, row_offset=row_offset)
     return Begun(inputs._replace(q=r), torch.cat(list(of_q)).double().mean(0))
 
 
+def _seed(seed: Tensor, use: int) -> Tensor:
+    """Return the seed of draws that the estimate does not use."""
+    return derived_seed(seed.reshape(-1)[0], _SEEDS[use])
+
+
 def _mixture(
-    inputs: Inputs, fitted: Fitted, seed: Tensor, settings: Settings, row_offset: int
+    inputs: Inputs, fitted: Fitted, seed: Tensor, settings: Settings, row_offset: int, chunks: Chunks
 ) -> Distribution:
     """Return the proposal: the Gaussian alone for examples whose posterior it is."""
     q, like = inputs.q, example_of(inputs.q, row_offset)
@@ -121,12 +127,12 @@ def _mixture(
     prior = expanded_at_address(inputs.prior, batch, like)
     if prior is None:
         return StratifiedMixture([exact, q, wide], [0.0, sum(shares), 1 - sum(shares)])
-    stays = _is_posterior(inputs, exact, prior, derived_seed(seed.reshape(-1)[0], _TRIAL), row_offset)
+    stays = _is_posterior(inputs, exact, prior, _seed(seed, _TRIAL), row_offset, chunks)
     return StratifiedMixture([exact, q, prior, wide], [0.0, *shares, 1 - sum(shares)], 1, stays)
 
 
 def _is_posterior(
-    inputs: Inputs, r: Distribution, prior: Distribution, seed: Tensor, row_offset: int
+    inputs: Inputs, r: Distribution, prior: Distribution, seed: Tensor, row_offset: int, chunks: Chunks
 ) -> Tensor:
     """Return True for the examples whose weights p(x, z) / r(z) are equal, [B].
 
@@ -134,10 +140,9 @@ def _is_posterior(
     larger.
     """
     z, log_r = rsample_log_prob(r, _TRIAL, seed, row_offset=row_offset)
-    log_w = (inputs.log_likelihood(z) + inputs.prior.log_prob(z) - log_r).double()
+    log_w = _log_joint(inputs, z, chunks) - log_r.double()
     far = draw_z(prior, _TRIAL, seed + 1, 0, row_offset).to(z.dtype)
-    log_p = (inputs.log_likelihood(far) + inputs.prior.log_prob(far)).double()
-    log_r = r.log_prob(far).double()
+    log_p, log_r = _log_joint(inputs, far, chunks), r.log_prob(far).double()
     w = torch.softmax(log_w, 0)
     equal = len(w) * w.square().sum(0) - 1 < _EQUAL
     # Far from x both densities are large numbers, rounded.
@@ -153,13 +158,13 @@ def _gaussian(fitted: Fitted, scale: float, like: Tensor) -> Distribution:
     return FullNormal.of(fitted.mean.to(like.dtype), tril.to(like.dtype))
 
 
-def refined_posterior(inputs: Inputs, seed: Tensor, steps: int) -> Distribution:
+def refined_posterior(inputs: Inputs, seed: Tensor, steps: int, chunks: Chunks) -> Distribution:
     """Return the Gaussian of each example as a posterior, in the dtype of q's draws."""
-    fitted = refine(inputs, seed, Settings(steps, 16, 2, 0.0, 0.0, 1.0), 0)
+    fitted = refine(inputs, seed, Settings(steps, 16, 2, 0.0, 0.0, 1.0), 0, chunks)
     return with_latent_of(inputs.q, _gaussian(fitted, 1.0, example_of(inputs.q)))
 
 
-def refine(inputs: Inputs, seed: Tensor, settings: Settings, row_offset: int) -> Fitted:
+def refine(inputs: Inputs, seed: Tensor, settings: Settings, row_offset: int, chunks: Chunks) -> Fitted:
     """Fit a Gaussian with a full covariance to p(z|x) of each example.
 
     A step that lowers an example's ELBO, at the same noise, is repeated at a third of its size.
@@ -180,7 +185,7 @@ def refine(inputs: Inputs, seed: Tensor, settings: Settings, row_offset: int) ->
     half = half / half.square().mean(0).sqrt()
     eps = torch.cat([half, -half])
     precision = torch.diag_embed(1 / variance)
-    bound, gradient = _bound(inputs, mean, precision, eps, like.dtype)
+    bound, gradient = _bound(inputs, mean, precision, eps, like.dtype, chunks)
     first = bound, mean, precision
     size = torch.ones_like(bound)
     moved = torch.ones(batch, dtype=torch.bool, device=mean.device)
@@ -188,12 +193,12 @@ def refine(inputs: Inputs, seed: Tensor, settings: Settings, row_offset: int) ->
     for step in range(settings.steps):
         if bool(moved.any()):
             z = _at(mean, precision, noise(settings.curvature_draws, 1 + step)).to(like.dtype)
-            found = _curvature(inputs, z, int(seed) + step, row_offset)
+            found = _curvature(inputs, z, int(seed) + step, row_offset, chunks)
             curvature = torch.where(moved[:, None, None], found, curvature)
         share = size[:, None, None] / max(1, step - _AVERAGED + 1)
         new_precision = (1 - share) * precision + share * curvature
         new_mean = mean + size[:, None] * torch.linalg.solve_ex(new_precision, gradient).result
-        new_bound, new_gradient = _bound(inputs, new_mean, new_precision, eps, like.dtype)
+        new_bound, new_gradient = _bound(inputs, new_mean, new_precision, eps, like.dtype, chunks)
         moved = new_bound >= bound - _SLACK  # False for NaN
         mean = torch.where(moved[:, None], new_mean, mean)
         gradient = torch.where(moved[:, None], new_gradient, gradient)
@@ -215,7 +220,7 @@ def _moments(q: Distribution, seed: Tensor, row_offset: int) -> tuple[Tensor, Te
     except NotImplementedError:
         variance = None
     if mean is None or variance is None or not bool(variance.isfinite().all()):
-        z = rsample_log_prob(q, _MOMENTS, derived_seed(seed, _MOMENTS), row_offset=row_offset)[0].double()
+        z = rsample_log_prob(q, _MOMENTS, _seed(seed, _MOMENTS), row_offset=row_offset)[0].double()
         mean, variance = z.mean(0), z.var(0)
     return mean.double(), variance.double().clamp(min=1e-12)
 
@@ -228,24 +233,38 @@ def _at(mean: Tensor, precision: Tensor, eps: Tensor) -> Tensor:
     return mean + moved.permute(2, 0, 1)
 
 
+def _log_joint(inputs: Inputs, z: Tensor, chunks: Chunks) -> Tensor:
+    """Return log p(x, z) for z [n, B, D], [n, B] in float64."""
+    values = []
+    while len(z):
+        part, z = z.tensor_split([chunks.draws(inputs, z.shape[1], len(z))])
+        values.append((inputs.log_likelihood(part, chunks.see) + inputs.prior.log_prob(part)).double())
+    return torch.cat(values)
+
+
 def _bound(
-    inputs: Inputs, mean: Tensor, precision: Tensor, eps: Tensor, dtype: torch.dtype
+    inputs: Inputs, mean: Tensor, precision: Tensor, eps: Tensor, dtype: torch.dtype, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
     """Return the Gaussian's ELBO without its constant [B], and the mean gradient of log p(x, z) [B, D]."""
-    with torch.enable_grad():
-        z = _at(mean, precision, eps).to(dtype).detach().requires_grad_()
-        log_likelihood = inputs.log_likelihood(z)
-        if not log_likelihood.requires_grad:
-            raise NoDerivative(
-                "the decoder's output has no gradient by z; it detaches z or computes in no_grad"
-            )
-        value = log_likelihood + inputs.prior.log_prob(z)
-        (gradient,) = torch.autograd.grad(value.sum(), z)
-    entropy = -0.5 * torch.logdet(precision)
-    return value.detach().double().mean(0) + entropy, gradient.double().mean(0)
+    z = _at(mean, precision, eps).to(dtype)
+    n, value, gradient = len(z), torch.zeros_like(mean[:, 0]), torch.zeros_like(mean)
+    while len(z):
+        part, z = z.tensor_split([chunks.draws(inputs, z.shape[1], len(z))])
+        with torch.enable_grad():
+            leaf = part.detach().requires_grad_()
+            log_likelihood = inputs.log_likelihood(leaf, chunks.see)
+            if not log_likelihood.requires_grad:
+                raise NoDerivative(
+                    "the decoder's output has no gradient by z; it detaches z or computes in no_grad"
+                )
+            log_p = log_likelihood + inputs.prior.log_prob(leaf)
+            (found,) = torch.autograd.grad(log_p.sum(), leaf)
+        value += log_p.detach().double().sum(0)
+        gradient += found.double().sum(0)
+    return value / n - 0.5 * torch.logdet(precision), gradient / n
 
 
-def _curvature(inputs: Inputs, z: Tensor, key: int, row_offset: int) -> Tensor:
+def _curvature(inputs: Inputs, z: Tensor, key: int, row_offset: int, chunks: Chunks) -> Tensor:
     """Return the mean over draws z [n, B, D] of the Gauss–Newton matrix [B, D, D]."""
     n, batch, d = z.shape
     total = torch.zeros(batch, d, d, dtype=torch.float64, device=z.device)
@@ -255,7 +274,7 @@ def _curvature(inputs: Inputs, z: Tensor, key: int, row_offset: int) -> Tensor:
         part = inputs.at(rows) if size < batch else inputs
         keys = [_key(key, later_row(row_offset, start + i)) for i in range(len(rows))]
         for draw in z[:, start : start + size]:
-            for scores in _scores(part, draw, keys):
+            for scores in _scores(part, draw, keys, chunks):
                 total[start : start + size] += torch.einsum("dbe,cbe->bdc", scores, scores).double()
     return total / n + _prior_precision(inputs, z)
 
@@ -264,18 +283,23 @@ def _key(key: int, row: int) -> int:
     return (key + 0x9E3779B97F4A7C15 * (row + 2)) % 2**63
 
 
-def _scores(inputs: Inputs, z: Tensor, keys: list[int]) -> Iterator[Tensor]:
+def _scores(inputs: Inputs, z: Tensor, keys: list[int], chunks: Chunks) -> Iterator[Tensor]:
     """Yield arrays [D, B, E] whose outer products, summed over E, estimate Jᵀ W J at z [B, D]."""
     batch, d = z.shape
-    tangents = torch.eye(d, dtype=z.dtype, device=z.device)[:, None].expand(d, batch, d)
-    try:
-        with forward_ad.dual_level():
-            rows = forward_ad.make_dual(z.repeat(d, 1), tangents.reshape(d * batch, d))
-            parameters, jacobian = _unpacked(inputs.likelihood.read(inputs.output(rows, d), inputs.x), d)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        raise NoDerivative(f"forward-mode differentiation of the decoder failed: {error}") from error
+    units = torch.eye(d, dtype=z.dtype, device=z.device)[:, None].expand(d, batch, d)
+    found = []
+    for tangents in units.split(chunks.draws(inputs, batch, d)):
+        copies = len(tangents)
+        try:
+            with forward_ad.dual_level():
+                rows = forward_ad.make_dual(z.repeat(copies, 1), tangents.reshape(copies * batch, d))
+                output = inputs.likelihood.read(inputs.output(rows, copies), inputs.x)
+                found.append(_unpacked(output, copies))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise NoDerivative(f"forward-mode differentiation of the decoder failed: {error}") from error
+    parameters, jacobian = found[0][0], _joined([tangent for _, tangent in found])
     conditioning = inputs.conditioning or Conditioning()
     for part in _parts(inputs.likelihood, inputs.x, parameters, jacobian, conditioning):
         yield from part.scores(keys)
@@ -295,6 +319,16 @@ def _unpacked(output: Any, d: int) -> tuple[Any, Any]:
     if tangent is None:
         tangent = torch.zeros_like(primal)
     return primal.unflatten(0, (d, -1))[0].detach(), tangent.detach().unflatten(0, (d, -1))
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Concatenate corresponding tensors of nested outputs along their first axis."""
+    first = parts[0]
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    if isinstance(first, tuple):
+        return tuple([_joined(list(same)) for same in zip(*parts, strict=True)])
+    return first if len(parts) == 1 else torch.cat(parts)
 
 
 class _Part(NamedTuple):
