@@ -404,7 +404,7 @@ WRONG = {
     ),
     "no samples": (_call(k=0), ValueError, "k must be at least 1"),
     "another reduction": (_call(reduction="max"), ValueError, "reduction='max' is unknown"),
-    "an address below 0": (_call(row_offset=-1), ValueError, "row_offset must lie in"),
+    "an address below 0": (_call(row_offset=-1), ValueError, "did you mean shared_noise=True"),
 }
 
 
