@@ -106,6 +106,15 @@ def backend(request):
 
 
 @pytest.fixture
+def float64():
+    """Make float64 the default dtype, so that equal functions agree to 1e-10."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
 def one_thread():
     """Use one thread: with two, small models are many times slower if another process has the second core."""
     before = torch.get_num_threads()

@@ -41,7 +41,7 @@ class Linear:
 
 
 def test_a_linear_decoder_has_equal_weights(backend):
-    """From any q the fit is exact, so that each weight is p(x): no error, with few draws."""
+    """The fit is exact from any q, so that each weight is p(x): no error, with few draws."""
     model, x = Linear(), _randn(B, X, seed=3)
     q = 0.3 * _randn(B, D, seed=4), _randn(B, D, seed=5)
     result = fastvae.log_marginal(

@@ -20,14 +20,6 @@ OWN_EPSILON = {"SCVI, 2000 genes": 1e-5}
 NAMES = [case.name for case in CASES]
 
 
-@pytest.fixture
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def _tiny(case):
     torch.manual_seed(1)
     model, batch = case.build(**case.tiny)

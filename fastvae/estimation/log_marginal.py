@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from .proposals import Proposal, as_proposal
 from .stream import Chunks
 from .sums import kept_draws
 from .weights import LogMarginal
-
-if TYPE_CHECKING:
-    pass
 
 
 @teaches

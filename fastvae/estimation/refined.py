@@ -332,7 +332,7 @@ def _joined(parts: list[Any]) -> Any:
 
 
 class _Part(NamedTuple):
-    """One part of the data, with the decoder's output for it and the Jacobian."""
+    """Part of the data, with the decoder's output for it and the Jacobian."""
 
     likelihood: Likelihood
     x: Tensor

@@ -15,5 +15,5 @@ def test_fsdp2():
 
 
 def test_compiled():
-    """One graph serves every value of β."""
+    """Every value of β is served by the same graph."""
     assert check_example("compile_vae") == ["graphs: 1"]
