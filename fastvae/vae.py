@@ -453,20 +453,22 @@ class VAE(nn.Module):
         x: Any,
         *,
         steps: int = 8,
+        diagonal: bool = False,
         mask: Any = None,
         context: Any = None,
         generator: torch.Generator | None = None,
     ) -> Distribution:
-        r"""Return a Gaussian with a full covariance, fitted to p(z|x) by gradients of the decoder.
+        r"""Return the Gaussian of the largest ELBO of each example, found by gradients of the decoder.
 
         It starts from q(z|x) and takes natural-gradient steps towards the Gaussian of the largest ELBO; see
         :class:`fastvae.proposals.Refined`. As q of the objectives it has no gradient for the encoder:
-        ``fastvae.elbo(x, vae.refine(x), vae.decoder)`` trains the decoder alone. The amortisation gap of the
-        encoder is that ELBO minus ``vae.elbo(x)`` (Cremer, Li & Duvenaud 2018).
+        ``fastvae.elbo(x, vae.refine(x), vae.decoder)`` trains the decoder alone.
+        :func:`fastvae.diagnostics.inference_gaps` compares its ELBO with that of the encoder's q.
 
         Args:
             x: data [B, \*event]; a dict of such tensors for a Joint.
             steps: number of steps. Default 8.
+            diagonal: fit a diagonal covariance. Default False, a full one.
             mask: bool, [B, \*event] or [\*event], True for observed elements of x. Default: all are observed.
             context: conditioning input of encoder, decoder and prior. Default: none.
             generator: source of the noise. Default: torch's global random state.
@@ -490,7 +492,7 @@ class VAE(nn.Module):
         """
         what = "steps", "the steps of the fit"
         inputs, seed, steps, chunks = self._weighted(x, x, steps, None, mask, context, generator, what)
-        return refined_posterior(inputs, seed, steps, chunks)
+        return refined_posterior(inputs, seed, steps, diagonal, chunks)
 
     @teaches
     @torch.no_grad()

@@ -11,6 +11,9 @@ from torch import nn
 
 import fastvae
 from fastvae import distributions, likelihoods, proposals
+from fastvae.estimation import refined
+from fastvae.estimation.stream import Chunks
+from fastvae.inputs.batch import Inputs
 
 from .cases import DEVICE
 
@@ -104,13 +107,15 @@ def test_it_is_better_than_q():
     decoder, x = Wavy(40), _randn(B, 40, seed=3).gt(0).float()
     q = torch.full((B, D), 0.8, device=DEVICE), torch.full((B, D), -3.0, device=DEVICE)
     options = {"k": 1000, "likelihood": "bernoulli"}
-    plain, refined = (
+    plain, better = (
         fastvae.log_marginal(x, q, decoder, proposal=p, generator=_generator(), **options)
         for p in ("posterior", "refined")
     )
     exact = _truth(x, decoder, "bernoulli")
-    assert float((refined.log_px - exact).abs().max()) < 0.1 < float((plain.log_px - exact).abs().max())
-    assert bool((refined.khat < 0.7).all()) and bool((refined.ess > 10 * plain.ess).all())
+    errors = (better.log_px - exact).abs() / better.log_px_stderr
+    assert float(errors.max()) < 5
+    assert float(better.log_px_stderr.max()) < 0.2 < float((plain.log_px - exact).abs().max())
+    assert bool((better.khat < 0.7).all()) and bool((better.ess > 10 * plain.ess).all())
 
 
 class Outputs(nn.Module):
@@ -217,7 +222,7 @@ def test_masks_sizes_and_contexts():
     mask = _randn(B, X, seed=6) > -0.3
     x = torch.where(mask, _randn(B, X, seed=3).gt(0).float(), math.nan)
     _agrees(x, Outputs((X,)), "bernoulli", mask=mask)
-    _agrees(_COUNTS(), Outputs((X,)), "poisson", size_factor=torch.linspace(0.5, 3, B, device=DEVICE))
+    _agrees(_COUNTS(), Outputs((X,)), "poisson", size_factor=torch.linspace(0.3, 1, B, device=DEVICE))
 
     class Conditional(nn.Module):
         def __init__(self):
@@ -267,7 +272,8 @@ def test_batches_chunks_and_ranks_change_nothing(tmp_path):
     stopped = vae.evaluate(x, tol=0.05, proposal="refined", progress=False)
     assert float(stopped.log_px_stderr.max()) <= 0.05
     qmc = vae.evaluate(x, noise="qmc", **{**options, "k": 4096})
-    assert float((qmc.log_px - whole.log_px).abs().max()) < 0.1
+    error = (qmc.log_px_stderr.square() + whole.log_px_stderr.square()).sqrt()
+    assert float(((qmc.log_px - whole.log_px).abs() / (error + 1e-3)).max()) < 5
     shared = vae.evaluate(x, shared_noise=True, **options)
     assert bool(shared.delta(0).stderr.isfinite().all())
     # The ELBO is q's.
@@ -419,3 +425,156 @@ def test_the_decoder_never_gets_more_rows_than_a_chunk():
     torch.testing.assert_close(whole.log_px, parts.log_px, rtol=0, atol=1e-3)
     first = rows.index(2 * B)
     assert max(rows[first:]) <= 2 * B
+
+
+# Steps towards the mean and covariance
+
+
+def _counts(batch, latent):
+    """Return x, q, decoder and log p(x) of counts with a rate for each latent: a skewed posterior."""
+    rotation = torch.linalg.qr(_randn(latent, latent, seed=1).double()).Q
+    z = _randn(batch, latent, seed=2).double()
+    x = torch.poisson((z @ rotation + 0.5).exp(), generator=_generator(3))
+    grid = torch.linspace(-8, 8, 801, dtype=torch.float64, device=DEVICE)
+    log_prior = -0.5 * grid.square() - 0.5 * math.log(2 * math.pi) + math.log(16 / 800)
+    rate = grid + 0.5
+    log_joint = x[..., None] * rate - rate.exp() - torch.lgamma(x + 1)[..., None] + log_prior
+    w = torch.softmax(log_joint, -1)
+    mean, second = w @ grid, w @ grid.square()
+    q = mean @ rotation.T, (second - mean.square()) @ rotation.T.square()
+    moments = q[0], (rotation * (second - mean.square())[:, None]) @ rotation.T
+    return x, (q[0], q[1].log()), lambda z: z @ rotation + 0.5, log_joint.logsumexp(-1).sum(1), moments
+
+
+def test_intervals_hold_and_p_hat_is_unbiased():
+    """Of a thousand examples, 95 % intervals contain 93 to 97 %, and p̂ is p on average."""
+    n = 1000
+    x, q, decoder, exact, _ = _counts(n, 10)
+    found = fastvae.log_marginal(
+        x, q, decoder, k=500, likelihood="poisson", generator=_generator(), proposal="refined"
+    )
+    inside = ((found.low <= exact) & (exact <= found.high)).double().mean()
+    assert 0.93 <= float(inside) <= 0.97 + 2 * math.sqrt(0.03 * 0.97 / n)
+    ratio = (found.log_px - exact).exp()
+    error = float(ratio.std()) / math.sqrt(n)
+    assert error < 0.003 and abs(float(ratio.mean()) - 1) < 4.5 * error
+    assert bool((found.khat < 0.7).all())
+
+
+def test_the_fit_reaches_the_mean_and_covariance():
+    """The Gaussian of the largest ELBO is off where the posterior is skewed; steps by the weights are not."""
+    x, q, decoder, _, (mean, covariance) = _counts(40, 4)
+    inputs = Inputs.read(x, q, decoder, "poisson", None)
+    errors = []
+    for steps in (0, 20):
+        settings = refined.Settings(10, 64, 4, steps, 512, False, 0.05, 0.05, None)
+        fitted = refined.refine(inputs, torch.tensor(3, device=DEVICE), settings, 0, Chunks(None))
+        off = torch.linalg.solve_triangular(fitted.tril, (mean - fitted.mean)[:, :, None], upper=False)
+        factor = torch.linalg.solve_triangular(fitted.tril, covariance, upper=False)
+        whitened = torch.linalg.solve_triangular(fitted.tril, factor.mT, upper=False)
+        identity = torch.eye(4, dtype=torch.float64, device=DEVICE)
+        errors.append((float(off.norm(dim=1).mean()), float((whitened - identity).norm(dim=(1, 2)).mean())))
+    (mean_before, covariance_before), (mean_after, covariance_after) = errors
+    assert mean_after < 0.6 * mean_before and covariance_after < 0.6 * covariance_before
+
+
+def test_diagonal_covariance():
+    encoder, decoder = nn.Linear(X, 2 * D, device=DEVICE), Wavy()
+    vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli")
+    x = _randn(B, X, seed=3).gt(0).float()
+    full, diagonal = (vae.refine(x, steps=20, diagonal=d, generator=_generator()) for d in (False, True))
+    z, _ = fastvae.distributions.rsample_log_prob(diagonal, 20_000, torch.tensor(1, device=DEVICE))
+    for row in z.unbind(1):
+        off = torch.corrcoef(row.T) - torch.eye(D, device=DEVICE)
+        assert float(off.abs().max()) < 5 / math.sqrt(20_000)
+
+    def bound(q):
+        found = fastvae.elbo(x, q, decoder, likelihood="bernoulli", k=4000, generator=_generator(2))
+        return float(found)
+
+    assert float(vae.elbo(x, k=4000)) < bound(diagonal) < bound(full) + 0.02
+    result = fastvae.log_marginal(
+        x, vae.posterior(x), decoder, k=K, likelihood="bernoulli", proposal=proposals.Refined(diagonal=True)
+    )
+    assert bool(result.log_px.isfinite().all())
+
+
+def test_inference_gaps():
+    """Of a linear model whose encoder is exact in mean and variance the correlations are what is missing."""
+    model = Linear()
+    x = _randn(200, X, seed=3)
+    precision = model.w.T @ model.w / model.scale**2 + torch.eye(D, device=DEVICE)
+    encoder = nn.Linear(X, 2 * D, device=DEVICE)
+    with torch.no_grad():
+        encoder.weight.zero_(), encoder.bias.zero_()
+        to_mean = torch.linalg.solve(precision, model.w.T) / model.scale**2
+        encoder.weight[:D], encoder.bias[:D] = to_mean, -to_mean @ model.b
+        encoder.bias[D:] = -precision.diagonal().log()
+    vae = fastvae.VAE(encoder, model.decoder, likelihood=model.likelihood, modules=[])
+    gaps = fastvae.diagnostics.inference_gaps(vae, x, k=200, generator=_generator())
+    # KL of the best diagonal normal from the posterior: (Σ log Λ_ii − log det Λ) / 2.
+    expected = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
+    assert float(gaps.approximation.mean()) == pytest.approx(float(expected), abs=0.1)
+    assert abs(float(gaps.amortization.mean())) < 0.1
+    torch.testing.assert_close(gaps.log_px, model.log_px(x), rtol=0, atol=1e-3)
+    with torch.no_grad():
+        encoder.bias[0] += 0.5
+    shifted = fastvae.diagnostics.inference_gaps(vae, x, k=200, generator=_generator())
+    cost = 0.125 * float(precision[0, 0])
+    assert float(shifted.amortization.mean()) == pytest.approx(cost, rel=0.1, abs=0.1)
+    full = fastvae.diagnostics.inference_gaps(vae, x, k=200, diagonal=False, generator=_generator())
+    assert abs(float(full.approximation.mean())) < 0.1
+    torch.testing.assert_close(full.inference.mean(), shifted.inference.mean(), rtol=0, atol=0.1)
+    assert "by the encoder" in str(full)
+
+
+# Posteriors and priors of other kinds
+
+
+def test_hierarchies_flows_and_a_vamp_prior():
+    """The proposal is a Gaussian over all levels; estimates agree with those of many draws from q."""
+    torch.manual_seed(5)
+    x = torch.rand(6, X, device=DEVICE).round()
+    hierarchy = distributions.Hierarchy(
+        [
+            distributions.Level(2, nn.Linear(4, 4)),
+            distributions.Level(1, lambda h, z: (h[:, :1] + z[:, :1], h[:, 1:2]), prior=nn.Linear(2, 2)),
+        ]
+    ).to(DEVICE)
+    pair = torch.zeros(2, 6, D, device=DEVICE).unbind()
+    encoder = nn.Linear(X, 2 * D, device=DEVICE)
+    vamp = distributions.VampPrior(encoder, torch.rand(4, X, device=DEVICE))
+    flow = distributions.NeuralSplineFlow(D, layers=2) if hasattr(distributions, "NeuralSplineFlow") else None
+    cases = [
+        (hierarchy(nn.Linear(X, 4).to(DEVICE)(x)), None),
+        (pair, vamp),
+    ]
+    if flow is not None:
+        cases.append((pair, flow.to(DEVICE)))
+    decoder = Wavy()
+    for q, prior in cases:
+        options = {"likelihood": "bernoulli", "prior": prior}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = fastvae.log_marginal(
+                x, q, decoder, k=3000, proposal="refined", generator=_generator(1), **options
+            )
+        many = fastvae.log_marginal(x, q, decoder, k=200_000, generator=_generator(2), **options)
+        error = (found.log_px_stderr.square() + many.log_px_stderr.square()).sqrt()
+        assert float(((found.log_px - many.log_px).abs() / (error + 1e-3)).max()) < 5
+        assert float(found.log_px_stderr.median()) < 0.05
+
+
+def test_frozen_last_layers():
+    """A fused head's weights get no gradient, and the fit is that of the plain decoder."""
+    x = _randn(B, X, seed=3).gt(0).float()
+    body, last = nn.Sequential(nn.Linear(D, 16), nn.Tanh()).to(DEVICE), nn.Linear(16, X).to(DEVICE)
+    q = torch.full((2, B, D), 0.3, device=DEVICE).unbind()
+    found = [
+        fastvae.log_marginal(
+            x, q, decoder, k=K, likelihood="bernoulli", proposal="refined", generator=_generator()
+        ).log_px
+        for decoder in (nn.Sequential(body, last), fastvae.FusedHead(body, last))
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-3)
+    assert last.weight.grad is None and last.weight.requires_grad

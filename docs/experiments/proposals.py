@@ -152,7 +152,8 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--images", type=int, default=300, help="test images")
-    parser.add_argument("--annealed", type=int, default=100, help="test images for AIS and the picture")
+    parser.add_argument("--annealed", type=int, default=300, help="test images for AIS")
+    parser.add_argument("--drawn", type=int, default=100, help="test images for the picture")
     parser.add_argument("--picture", type=Path, help="draw this picture of the first objective instead")
     options = parser.parse_args()
     options.models.mkdir(exist_ok=True)
@@ -160,8 +161,8 @@ def main() -> None:
     images = idx_folder(options.data)
     if options.picture:
         vae = trained(options.objectives[0], images.train, options.epochs, options.models)
-        what = f"MNIST, {LATENTS} latents, the same {options.annealed} test images: estimates of log p(x)"
-        draw(measure(vae, images.test[: options.annealed]), options.picture, what)
+        what = f"MNIST, {LATENTS} latents, the same {options.drawn} test images: estimates of log p(x)"
+        draw(measure(vae, images.test[: options.drawn]), options.picture, what)
         return
     print("| trained by | proposal, draws | log p(x) | stderr, mean | k̂ > 0.7 | ESS, median | CPU s |")
     print("|---|---|---|---|---|---|---|")

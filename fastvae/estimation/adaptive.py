@@ -17,7 +17,7 @@ from .draws import Draws, example_of, with_latent_of
 from .weights import Weights
 
 # Relative variance of the weights below which an example keeps q as its proposal.
-_EQUAL = 0.01
+EQUAL = 0.01
 
 
 class Fit(NamedTuple):
@@ -28,6 +28,7 @@ class Fit(NamedTuple):
     df: int | None
     scale: float | None
     rounds: list[int]  # draw counts at which the proposal is fitted
+    equal: float = EQUAL  # relative variance of the weights below which an example keeps q
 
 
 class _Drawn(NamedTuple):
@@ -102,7 +103,7 @@ class AdaptedDraws(Draws):
         like = example_of(q, self._row_offset)
         numbers = torch.arange(q.batch, device=like.device) if rows is None else rows
         log_w, counts, begin = self._everyones(numbers)
-        w, ess, stays = tempered(log_w, counts, 3 * like.shape[1] + 5)
+        w, ess, stays = tempered(log_w, counts, 3 * like.shape[1] + 5, self._fit.equal)
         mean, covariance = self._moments(w[begin:], numbers, like)
         d = like.shape[1]
         scale = self._fit.scale or 1 + 0.3 / math.sqrt(d)
@@ -168,17 +169,19 @@ class AdaptedDraws(Draws):
         return z[:, numbers if drawn.rows is None else torch.searchsorted(drawn.rows, numbers)]
 
 
-def tempered(log_w: Tensor, counts: Tensor, least: int) -> tuple[Tensor, Tensor, Tensor]:
+def tempered(
+    log_w: Tensor, counts: Tensor, least: int, equal: float = EQUAL
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise the weights [n, A], tempered where their effective sample size is below ``least``.
 
     Returns the normalised weights, including the coefficients ``counts`` [n, 1], their effective sample size
-    [A], and True [A] where the weights without coefficients are almost equal.
+    [A], and True [A] where the relative variance of the weights without coefficients is below ``equal``.
     """
     log_w = torch.where(log_w.isfinite(), log_w, -math.inf)
     top = log_w.amax(0)
     # Clamped so that strong tempering also includes weights of 0.
     log_w = torch.where(top == -math.inf, 0.0, (log_w - top).clamp(min=-700.0))
-    stays = len(log_w) / _effective(torch.softmax(log_w, 0)) - 1 < _EQUAL
+    stays = len(log_w) / _effective(torch.softmax(log_w, 0)) - 1 < equal
     log_w = log_w + counts.log()
     low, high = torch.zeros_like(top), torch.ones_like(top)
     few = _effective(torch.softmax(log_w, 0)) < least

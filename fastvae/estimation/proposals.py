@@ -34,6 +34,8 @@ __all__ = ["Adapted", "Defensive", "Posterior", "Proposal", "Refined", "as_propo
 _FIRST = 64
 # Latents up to which a refined proposal is adapted, too: the moments of more need more draws.
 _MOST_ADAPTED = 16
+# Relative variance of the weights below which a refined proposal is not adapted.
+_NORMAL = 1.0
 
 
 class Proposal:
@@ -250,42 +252,47 @@ class Refined(Proposal):
     r"""Gaussian with a full covariance, fitted to each example's p(z|x) by gradients of the decoder.
 
     From q it takes natural-gradient steps towards the Gaussian that maximises the example's ELBO, with the
-    Gauss–Newton matrix in place of the Hessian (:mod:`fastvae.estimation.refined`). The draws are
-    stratified, from
+    Gauss–Newton matrix in place of the Hessian. Then it moves to the mean and covariance of p(z|x), by
+    importance weights of the decoder's gradients (:mod:`fastvae.estimation.refined` has the formulas). The
+    draws are stratified, from
 
-    .. math:: r = s_q\, q + s_p\, p + (1 - s_q - s_p)\, N(m, c^2 Λ^{-1})
+    .. math:: r = s_q\, q + s_p\, p + (1 - s_q - s_p)\, N(m, c^2 Σ)
 
     The noise of the fit is independent of the draws, so that :math:`\hat p(x)` is unbiased. An example is
-    drawn from N(m, Λ⁻¹) alone if its weights there have a relative variance below 0.01, and are no larger at
-    draws of the prior: for a linear decoder with Gaussian noise all weights are equal. An example that no
-    step improves keeps q's mean and variance.
+    drawn from N(m, Σ) alone if its weights there have a relative variance below 0.01, and are no larger at
+    draws of the prior: for a linear decoder with Gaussian noise all weights are equal.
 
-    The fit costs as much as ``steps · (3 draws_per_step + 2 D curvature_draws)`` draws of each example, and
-    needs matrices [B, D, D] in float64. The decoder must be differentiable by z, in reverse and in forward
-    mode; for others a RuntimeWarning says why, and the draws are those of ``"adapted"``, or with
-    ``noise="qmc"`` q's. It needs q's ``log_prob``, and latents on all of R^D. If the prior does not support
-    draws at an address its share goes to q. One Gaussian covers one mode: others are left to the shares of q
-    and the prior.
+    The fit costs as much as ``steps · (3 draws_per_step + 2 D curvature_draws) + 3 moment_steps ·
+    moment_draws`` draws of each example, and needs matrices [B, D, D] in float64. The decoder must be
+    differentiable by z, in reverse and in forward mode; for others a RuntimeWarning says why, and the draws
+    are those of ``"adapted"``, or with ``noise="qmc"`` q's. It needs q's ``log_prob``, and latents on all of
+    R^D. If the prior does not support draws at an address its share goes to q. One Gaussian covers one mode:
+    others are left to the shares of q and the prior.
 
     Args:
-        steps: number of steps. Default 8.
+        steps: number of natural-gradient steps. Default 6. A step that lowers the ELBO is repeated at a third
+            of its size, and an example that none improves keeps q's mean and variance.
         draws_per_step: draws per example for the ELBO and its gradient, rounded up to an even number.
-            Default 16.
+            Default 8.
         curvature_draws: draws per example and step for the Gauss–Newton matrix. Default 2.
+        moment_steps: number of steps towards the mean and covariance of p(z|x). Default 8.
+        moment_draws: draws per example of such a step, rounded up to an even number. Default 128.
+        diagonal: fit a diagonal covariance. Default False.
         posterior: :math:`s_q`, q's share of the draws. Default 0.05.
         prior: :math:`s_p`, the prior's share. Default 0.05.
-        scale: c, factor of the fitted standard deviations. Default: :math:`1 + 0.7 / \sqrt D`.
-        adapted: fit the proposal further, to the weighted draws, as :class:`Adapted` does from q: for
-            posteriors that are not normal, in few dimensions. Not for ``noise="qmc"``. Default: for at most
-            16 latents.
+        scale: c, factor of the fitted standard deviations. Default: :math:`1 + 0.4 / \sqrt D`.
+        adapted: fit the proposal further, to the weighted draws, as :class:`Adapted` does from q, for
+            examples whose weights have a relative variance above 1: their posteriors are not normal. Not
+            for ``noise="qmc"``. Default: for at most 16 latents.
 
     Raises:
         TypeError, ValueError: for invalid numbers, or for shares that leave less than 0.01 for the fit.
 
     References:
         Opper & Archambeau, The Variational Gaussian Approximation Revisited, 2009; Khan & Nielsen, Fast yet
-        Simple Natural-Gradient Descent for Variational Inference in Complex Models, 2018; Hesterberg,
-        Weighted average importance sampling and defensive mixture distributions, 1995.
+        Simple Natural-Gradient Descent for Variational Inference in Complex Models, 2018; Stein, Estimation
+        of the Mean of a Multivariate Normal Distribution, 1981, lemma 1; Hesterberg, Weighted average
+        importance sampling and defensive mixture distributions, 1995.
 
     Example:
         >>> import torch, fastvae
@@ -295,9 +302,12 @@ class Refined(Proposal):
         torch.Size([4])
     """
 
-    steps: int = 8
-    draws_per_step: int = 16
+    steps: int = 6
+    draws_per_step: int = 8
     curvature_draws: int = 2
+    moment_steps: int = 8
+    moment_draws: int = 128
+    diagonal: bool = False
     posterior: float = 0.05
     prior: float = 0.05
     scale: float | None = None
@@ -305,7 +315,8 @@ class Refined(Proposal):
 
     def __post_init__(self) -> None:
         for name, meaning in _COUNTS.items():
-            object.__setattr__(self, name, check_count(name, getattr(self, name), meaning))
+            least = int(name != "moment_steps")
+            object.__setattr__(self, name, check_count(name, getattr(self, name), meaning, least))
         _check_shares(self.posterior, self.prior)
         if self.scale is not None:
             _check_positive("scale", self.scale, "what the fitted standard deviations are multiplied by")
@@ -326,7 +337,15 @@ class Refined(Proposal):
     ) -> Draws:
         self.of(inputs.q, inputs.prior)
         settings = Settings(
-            self.steps, self.draws_per_step, self.curvature_draws, self.posterior, self.prior, self.scale
+            self.steps,
+            self.draws_per_step,
+            self.curvature_draws,
+            self.moment_steps,
+            self.moment_draws,
+            self.diagonal,
+            self.posterior,
+            self.prior,
+            self.scale,
         )
         if not inputs.q.batch:  # nothing to fit
             return Posterior().draws(inputs, seed, row_offset, k, chunks, tail, ranks)
@@ -343,8 +362,8 @@ class Refined(Proposal):
             fallback = Posterior() if seed.dim() else Adapted()
             return fallback.draws(inputs, seed, row_offset, k, chunks, tail, ranks)
         if adapts and not seed.dim():
-            proposal = Adapted(prior=self.prior)
-            drawn = proposal.draws(made, seed, row_offset, k, chunks, tail, ranks)
+            fit = Fit(None, self.prior, None, None, Adapted().rounds(k), _NORMAL)
+            drawn: Draws = AdaptedDraws(fit, made, seed, row_offset, chunks, tail, ranks or Alone())
         else:
             drawn = Draws(made, seed, row_offset, chunks, tail, ranks or Alone(), False)
         drawn.elbo_of_q = elbo
@@ -355,6 +374,8 @@ _COUNTS = {
     "steps": "the steps of the fit",
     "draws_per_step": "the draws of a step",
     "curvature_draws": "the draws of a step's curvature",
+    "moment_steps": "the steps towards the mean and covariance",
+    "moment_draws": "the draws of such a step",
 }
 _NAMED: dict[str, Callable[[], Proposal]]
 _NAMED = {

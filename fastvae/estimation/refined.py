@@ -12,6 +12,15 @@ with the Gauss–Newton matrix :math:`H = E_r[J^\top W J] + Λ_p` in place of th
 Jacobian of the decoder's outputs, W the likelihood's Fisher information of these, :math:`Λ_p` the prior's
 precision. H is positive semidefinite for every likelihood and needs no second derivatives, which are zero for
 a decoder of rectifiers.
+
+The Gaussian of the largest ELBO is too narrow, and its mean is off where p(z|x) is skewed. Steps towards the
+mean and covariance of p(z|x) itself follow, by importance weights. With :math:`z = m + L u`,
+:math:`L L^\top = Λ^{-1}` and :math:`g = \nabla_u [\log p(x, z) - \log r(z)]`, integration by parts gives
+
+.. math:: E_p[u] = E_p[g], \quad E_p[u u^\top] = I + E_p[u g^\top]
+
+g is 0 where the posterior is normal, so that these means have far less noise than those of u and
+:math:`u u^\top`: a few hundred draws are enough for fifty latents.
 """
 
 from __future__ import annotations
@@ -46,6 +55,7 @@ from ..likelihoods.categorical import Categorical
 from ..likelihoods.declared import Declared
 from ..likelihoods.joint import Joint
 from . import stream as _stream
+from .adaptive import tempered
 from .draws import example_of, with_latent_of
 from .stream import Chunks
 
@@ -63,8 +73,12 @@ _NUMBERS = 2**24
 _SIMULATED = 512
 # Loss of the ELBO, in nats, up to which a step is kept: near the optimum differences are noise.
 _SLACK = 0.2
-# First step from which the precision is an average over steps.
+# First step from which the precision is an average over steps, and the moments are.
 _AVERAGED = 3
+# Least effective sample size, relative to the draws, of the weights that moments are computed with.
+_LEAST = 0.25
+# Bounds of a step's factor of the variance in any direction.
+_NARROWEST, _WIDEST = 0.5, 2.0
 
 
 class NoDerivative(RuntimeError):
@@ -86,6 +100,9 @@ class Settings(NamedTuple):
     steps: int
     draws: int
     curvature_draws: int
+    moment_steps: int
+    moment_draws: int
+    diagonal: bool
     posterior: float
     prior: float
     scale: float | None
@@ -122,7 +139,7 @@ def _mixture(
     q, like = inputs.q, example_of(inputs.q, row_offset)
     batch, d = fitted.mean.shape
     exact = _gaussian(fitted, 1.0, like)
-    wide = _gaussian(fitted, settings.scale or 1 + 0.7 / math.sqrt(d), like)
+    wide = _gaussian(fitted, settings.scale or 1 + 0.4 / math.sqrt(d), like)
     shares = settings.posterior, settings.prior
     prior = expanded_at_address(inputs.prior, batch, like)
     if prior is None:
@@ -158,9 +175,47 @@ def _gaussian(fitted: Fitted, scale: float, like: Tensor) -> Distribution:
     return FullNormal.of(fitted.mean.to(like.dtype), tril.to(like.dtype))
 
 
-def refined_posterior(inputs: Inputs, seed: Tensor, steps: int, chunks: Chunks) -> Distribution:
-    """Return the Gaussian of each example as a posterior, in the dtype of q's draws."""
-    fitted = refine(inputs, seed, Settings(steps, 16, 2, 0.0, 0.0, 1.0), 0, chunks)
+class _Point(NamedTuple):
+    """Gaussian of each example, and log p(x, z) at draws from it."""
+
+    mean: Tensor
+    """[B, D]."""
+    precision: Tensor
+    """[B, D, D]."""
+    deviations: Tensor
+    """z minus the mean, [n, B, D]."""
+    log_p: Tensor
+    """Mean of log p(x, z), [B]."""
+    gradient: Tensor
+    """Mean of its gradient by z, [B, D]."""
+
+    def bound(self, curvature: Tensor) -> Tensor:
+        """Return the ELBO without its constant [B], the curvature's quadratic form as a control variate."""
+        steered = torch.einsum("nbi,bij->nbj", self.deviations, curvature)
+        of_draws = (steered * self.deviations).sum(2).mean(0)
+        covariance = torch.linalg.inv_ex(self.precision).inverse
+        expected = (covariance * curvature).sum((1, 2))
+        value: Tensor = self.log_p + 0.5 * (of_draws - expected) - 0.5 * torch.logdet(self.precision)
+        return value
+
+    def where(self, chosen: Tensor, other: _Point) -> _Point:
+        """Return the other's values for the chosen examples [B]."""
+        rows = chosen[:, None]
+        return _Point(
+            torch.where(rows, other.mean, self.mean),
+            torch.where(rows[:, :, None], other.precision, self.precision),
+            torch.where(rows, other.deviations, self.deviations),
+            torch.where(chosen, other.log_p, self.log_p),
+            torch.where(rows, other.gradient, self.gradient),
+        )
+
+
+def refined_posterior(
+    inputs: Inputs, seed: Tensor, steps: int, diagonal: bool, chunks: Chunks
+) -> Distribution:
+    """Return the Gaussian of the largest ELBO of each example, in the dtype of q's draws."""
+    settings = Settings(steps, 16, 2, 0, 0, diagonal, 0.0, 0.0, 1.0)
+    fitted = refine(inputs, seed, settings, 0, chunks)
     return with_latent_of(inputs.q, _gaussian(fitted, 1.0, example_of(inputs.q)))
 
 
@@ -180,36 +235,74 @@ def refine(inputs: Inputs, seed: Tensor, settings: Settings, row_offset: int, ch
     def noise(draws: int, level: int) -> Tensor:
         return random.normal(seed, draws, batch, d, row_offset=row_offset, level=_LEVEL + level).double()
 
-    half = noise(-(-settings.draws // 2), 0)
-    # Of variance 1 in each dimension, as well: the ELBOs of two normals are then compared with less noise.
-    half = half / half.square().mean(0).sqrt()
-    eps = torch.cat([half, -half])
-    precision = torch.diag_embed(1 / variance)
-    bound, gradient = _bound(inputs, mean, precision, eps, like.dtype, chunks)
-    first = bound, mean, precision
-    size = torch.ones_like(bound)
+    def antithetic(draws: int, level: int) -> Tensor:
+        half = noise(-(-draws // 2), level)
+        return torch.cat([half, -half])
+
+    eps = antithetic(settings.draws, 0)
+
+    def at(mean: Tensor, precision: Tensor) -> _Point:
+        z = _at(mean, precision, eps)
+        log_p, gradient = _log_joint_gradient(inputs, z.to(like.dtype), chunks)
+        return _Point(mean, precision, z - mean, log_p.mean(0), gradient.mean(0))
+
+    first = point = at(mean, torch.diag_embed(1 / variance))
+    size = mean.new_ones(batch)
     moved = torch.ones(batch, dtype=torch.bool, device=mean.device)
-    curvature = precision
+    curvature = point.precision
     for step in range(settings.steps):
         if bool(moved.any()):
-            z = _at(mean, precision, noise(settings.curvature_draws, 1 + step)).to(like.dtype)
+            z = _at(point.mean, point.precision, noise(settings.curvature_draws, 1 + step)).to(like.dtype)
             found = _curvature(inputs, z, int(seed) + step, row_offset, chunks)
+            if settings.diagonal:
+                found = torch.diag_embed(found.diagonal(dim1=1, dim2=2))
             curvature = torch.where(moved[:, None, None], found, curvature)
         share = size[:, None, None] / max(1, step - _AVERAGED + 1)
-        new_precision = (1 - share) * precision + share * curvature
-        new_mean = mean + size[:, None] * torch.linalg.solve_ex(new_precision, gradient).result
-        new_bound, new_gradient = _bound(inputs, new_mean, new_precision, eps, like.dtype, chunks)
-        moved = new_bound >= bound - _SLACK  # False for NaN
-        mean = torch.where(moved[:, None], new_mean, mean)
-        gradient = torch.where(moved[:, None], new_gradient, gradient)
-        precision = torch.where(moved[:, None, None], new_precision, precision)
-        bound = torch.where(moved, new_bound, bound)
+        precision = (1 - share) * point.precision + share * curvature
+        new = at(
+            point.mean + size[:, None] * torch.linalg.solve_ex(precision, point.gradient).result, precision
+        )
+        moved = new.bound(curvature) >= point.bound(curvature) - _SLACK  # False for NaN
+        point = point.where(moved, new)
         size = torch.where(moved, (2 * size).clamp(max=1), size / 3)
-    worse = ~(bound >= first[0] - _SLACK)
-    mean = torch.where(worse[:, None], first[1], mean)
-    precision = torch.where(worse[:, None, None], first[2], precision)
+    mean, precision, *_ = first.where(point.bound(curvature) >= first.bound(curvature) - _SLACK, point)
     covariance = torch.linalg.inv_ex(precision).inverse
-    return Fitted(mean, torch.linalg.cholesky_ex((covariance + covariance.mT) / 2).L)
+    fitted = Fitted(mean, torch.linalg.cholesky_ex((covariance + covariance.mT) / 2).L)
+    for step in range(settings.moment_steps):
+        eps = antithetic(settings.moment_draws, 1 + settings.steps + step)
+        step_size = 1 / max(1, step - _AVERAGED + 1)
+        fitted = _towards_moments(inputs, fitted, eps, step_size, settings.diagonal, like.dtype, chunks)
+    return fitted
+
+
+def _towards_moments(
+    inputs: Inputs, fitted: Fitted, eps: Tensor, share: float, diagonal: bool, dtype: torch.dtype,
+    chunks: Chunks,
+) -> Fitted:  # fmt: skip
+    """Move the Gaussian by a share of the distance to the mean and covariance of p(z|x).
+
+    The weights are tempered until their effective sample size is a quarter of the draws, and off-diagonal
+    elements are shrunk by ESS / (ESS + D).
+    """
+    mean, tril = fitted
+    z = mean + torch.einsum("bij,nbj->nbi", tril, eps)
+    log_p, gradient = _log_joint_gradient(inputs, z.to(dtype), chunks)
+    gap = torch.einsum("bij,nbi->nbj", tril, gradient) + eps
+    log_w = log_p + 0.5 * eps.square().sum(2)
+    w, ess, _ = tempered(log_w, log_w.new_ones(len(log_w), 1), math.ceil(_LEAST * len(log_w)))
+    # A draw of weight 0 may have an infinite gradient.
+    gap = torch.where(gap.isfinite(), gap, 0.0)
+    shift = (w[:, :, None] * gap).sum(0)
+    excess = (w[:, :, None] * eps).permute(1, 2, 0) @ gap.transpose(0, 1)
+    excess = (excess + excess.mT) / 2 - shift[:, :, None] * shift[:, None]
+    kept = 0.0 if diagonal else (ess / (ess + mean.shape[1]))[:, None, None]
+    excess = kept * excess + (1 - kept) * torch.diag_embed(excess.diagonal(dim1=1, dim2=2))
+    values, vectors = torch.linalg.eigh(excess)
+    factors = (1 + share * values).clamp(_NARROWEST, _WIDEST)
+    root = torch.linalg.cholesky_ex((vectors * factors[:, None]) @ vectors.mT).L
+    moved = Fitted(mean + share * (tril @ shift[:, :, None])[:, :, 0], tril @ root)
+    sound = (moved.mean.isfinite().all(1) & moved.tril.isfinite().all((1, 2)))[:, None]
+    return Fitted(torch.where(sound, moved.mean, mean), torch.where(sound[:, None], moved.tril, tril))
 
 
 def _moments(q: Distribution, seed: Tensor, row_offset: int) -> tuple[Tensor, Tensor]:
@@ -242,26 +335,23 @@ def _log_joint(inputs: Inputs, z: Tensor, chunks: Chunks) -> Tensor:
     return torch.cat(values)
 
 
-def _bound(
-    inputs: Inputs, mean: Tensor, precision: Tensor, eps: Tensor, dtype: torch.dtype, chunks: Chunks
-) -> tuple[Tensor, Tensor]:
-    """Return the Gaussian's ELBO without its constant [B], and the mean gradient of log p(x, z) [B, D]."""
-    z = _at(mean, precision, eps).to(dtype)
-    n, value, gradient = len(z), torch.zeros_like(mean[:, 0]), torch.zeros_like(mean)
+def _log_joint_gradient(inputs: Inputs, z: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """Return log p(x, z) [n, B] for z [n, B, D], and its gradient [n, B, D], in float64."""
+    values, gradients = [], []
     while len(z):
         part, z = z.tensor_split([chunks.draws(inputs, z.shape[1], len(z))])
         with torch.enable_grad():
             leaf = part.detach().requires_grad_()
-            log_likelihood = inputs.log_likelihood(leaf, chunks.see)
+            log_likelihood = inputs.log_likelihood(leaf, chunks.see, frozen=True)
             if not log_likelihood.requires_grad:
                 raise NoDerivative(
                     "the decoder's output has no gradient by z; it detaches z or computes in no_grad"
                 )
             log_p = log_likelihood + inputs.prior.log_prob(leaf)
             (found,) = torch.autograd.grad(log_p.sum(), leaf)
-        value += log_p.detach().double().sum(0)
-        gradient += found.double().sum(0)
-    return value / n - 0.5 * torch.logdet(precision), gradient / n
+        values.append(log_p.detach().double())
+        gradients.append(found.double())
+    return torch.cat(values), torch.cat(gradients)
 
 
 def _curvature(inputs: Inputs, z: Tensor, key: int, row_offset: int, chunks: Chunks) -> Tensor:
@@ -289,12 +379,8 @@ def _scores(inputs: Inputs, z: Tensor, keys: list[int], chunks: Chunks) -> Itera
     units = torch.eye(d, dtype=z.dtype, device=z.device)[:, None].expand(d, batch, d)
     found = []
     for tangents in units.split(chunks.draws(inputs, batch, d)):
-        copies = len(tangents)
         try:
-            with forward_ad.dual_level():
-                rows = forward_ad.make_dual(z.repeat(copies, 1), tangents.reshape(copies * batch, d))
-                output = inputs.likelihood.read(inputs.output(rows, copies), inputs.x)
-                found.append(_unpacked(output, copies))
+            found.append(_pushed(inputs, z, tangents))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -305,20 +391,42 @@ def _scores(inputs: Inputs, z: Tensor, keys: list[int], chunks: Chunks) -> Itera
         yield from part.scores(keys)
 
 
-def _unpacked(output: Any, d: int) -> tuple[Any, Any]:
-    """Return a decoder's output for the first of d copies of the rows, and all tangents, [d, B, ...]."""
+def _pushed(inputs: Inputs, z: Tensor, tangents: Tensor) -> tuple[Any, Any]:
+    """Return the decoder's output at z [B, D], and its derivatives in n directions [n, B, D]."""
+
+    def output(rows: Tensor, copies: int) -> Any:
+        return inputs.likelihood.read(inputs.output(rows, copies), inputs.x)
+
+    def derivative(tangent: Tensor) -> Any:
+        return torch.func.jvp(lambda at: output(at, 1), (z,), (tangent,))
+
+    try:
+        # One pass of the decoder for all directions.
+        out: Any = (None, 0)
+        found: tuple[Any, Any] = torch.func.vmap(derivative, out_dims=out)(tangents)
+        return found
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError):
+        n = len(tangents)
+        with forward_ad.dual_level():
+            return _unpacked(output(forward_ad.make_dual(z.repeat(n, 1), tangents.flatten(0, 1)), n), n)
+
+
+def _unpacked(output: Any, copies: int) -> tuple[Any, Any]:
+    """Return the output for the first of several copies of the rows, and all tangents [n, B, ...]."""
     if isinstance(output, dict):
-        pairs = {name: _unpacked(part, d) for name, part in output.items()}
+        pairs = {name: _unpacked(part, copies) for name, part in output.items()}
         return {n: p for n, (p, _) in pairs.items()}, {n: t for n, (_, t) in pairs.items()}
     if isinstance(output, (tuple, list)):
-        found = [_unpacked(part, d) for part in output]
+        found = [_unpacked(part, copies) for part in output]
         return tuple(p for p, _ in found), tuple(t for _, t in found)
     if not isinstance(output, Tensor):
         raise NoDerivative(f"the decoder returned {type(output).__name__}, whose derivatives are not known")
     primal, tangent = forward_ad.unpack_dual(output)
     if tangent is None:
         tangent = torch.zeros_like(primal)
-    return primal.unflatten(0, (d, -1))[0].detach(), tangent.detach().unflatten(0, (d, -1))
+    return primal.unflatten(0, (copies, -1))[0].detach(), tangent.detach().unflatten(0, (copies, -1))
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -146,17 +146,20 @@ class Inputs(NamedTuple):
         z: Tensor,
         seen: Callable[[Tensor, list[Tensor]], None] | None = None,
         output: Any = None,
+        frozen: bool = False,
     ) -> Tensor:
         """Compute log p(x|z) [K, B] for z [K, B, D]; the decoder sees one batch axis, sample-major.
 
         ``seen`` is called with the rows of z and the tensors that the decoder returned. ``output`` is that of
-        :meth:`output` for this z, if the decoder has been called.
+        :meth:`output` for this z, if the decoder has been called. With ``frozen`` the deferred last layers
+        have no gradient for their weights, whose products the fused op then omits.
         """
         z_rows = z.flatten(0, 1)
         if output is None:
-            parameters = self.decode(z_rows, z.shape[0])
-        else:
-            parameters = self.read_output(z_rows, output, z.shape[0])
+            output = self._returned(z_rows, z.shape[0])
+        if frozen:
+            output = _frozen(output)
+        parameters = self.read_output(z_rows, output, z.shape[0])
         if seen is not None:
             # len would specialise the batch size of an exported program.
             rows = z_rows.shape[0]
@@ -193,6 +196,19 @@ def _is_deferred(returned: Any) -> bool:
     if isinstance(returned, Mapping):
         return any([_is_deferred(part) for part in returned.values()])
     return type(returned) in (tuple, list) and any([_is_deferred(part) for part in returned])
+
+
+def _frozen(returned: Any) -> Any:
+    """Detach the weights of deferred last layers, except those that are not leaves: they may depend on z."""
+    if type(returned) is LastLayer:
+        detached = [t.detach() if t is not None and t.is_leaf else t for t in returned.biases]
+        weights = [t.detach() if t.is_leaf else t for t in returned.weights]
+        return returned._replace(weights=tuple(weights), biases=tuple(detached))
+    if not _is_deferred(returned):
+        return returned
+    if isinstance(returned, Mapping):
+        return {name: _frozen(part) for name, part in returned.items()}
+    return type(returned)([_frozen(part) for part in returned])
 
 
 def _named(parameters: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

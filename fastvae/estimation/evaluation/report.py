@@ -62,7 +62,10 @@ def _quoted(result: Any) -> _Lines:
     elif result.untrusted > BOUND_ONLY:
         why = f"k-hat is {_share_untrusted(result)}"
     if why:
-        return [("to quote", f"at most {result.nll:.2f}{error} nats, a bound only: {why}")]
+        found = [("to quote", f"at most {result.nll:.2f}{error} nats, a bound only: {why}")]
+        if result.untrusted > BOUND_ONLY:
+            found.append(("", 'proposal="refined" may help, or more draws'))
+        return found
     digits = min(6, max(2, -math.floor(math.log10(max(result.mc_stderr, 1e-9)))))
     low, high = result.nll_interval
     draws = f"95 % by the draws: {low:.{digits}f} to {high:.{digits}f}"
