@@ -273,12 +273,15 @@ def test_row_offset_and_log_marginal():
 def test_ranks(tmp_path, shard, options):
     """Three processes give one process's result on each rank."""
     model, x, q = test_evaluate._model_and_data()
-    # Refined draws of a linear model have equal weights: the error is the square root of a rounding.
-    bound = 1e-7 if options["proposal"] == "refined" else 1e-9
     noise = torch.Generator().manual_seed(6)
     expected = test_evaluate._evaluate(model, q, x, k=333, batch_size=4, generator=noise, **options)
     for result in test_evaluate._ranks(3, tmp_path, shard, seed=6, **options):
-        test_evaluate._assert_same(result, expected, bound)
+        if options["proposal"] == "adapted":
+            test_evaluate._assert_same(result, expected, 1e-9)
+            continue
+        # Weights of a linear model are equal: their spread, and k̂, are rounding.
+        for name in ("log_px", "elbo", "low", "high"):
+            torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=0, atol=1e-7)
 
 
 def test_checkpoints_know_the_proposal(tmp_path):
