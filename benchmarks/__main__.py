@@ -41,7 +41,7 @@ SUBCOMMANDS = {
     "frontend": "overhead of an objective, with a decoder that costs nothing",
     "single_cell": "scvi-tools' model of counts against the same networks in fastvae",
     "users": "whole training steps of models shaped like public codes",
-    "picture": "the README's picture: the time of a call, and memory over K",
+    "picture": "the picture of docs/benchmarks.md: the time of a call, and memory over K",
 }
 
 

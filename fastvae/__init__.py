@@ -1,4 +1,4 @@
-"""Objectives of variational autoencoders on fused kernels; see README.md."""
+"""Objectives of variational autoencoders on fused kernels; README.md and docs/ describe them."""
 
 from typing import TYPE_CHECKING, NoReturn
 

@@ -364,7 +364,7 @@ class VAE(nn.Module):
     def reconstruct(
         self, x: Any, k: int | None = None, *, context: Any = None, generator: torch.Generator | None = None
     ) -> Any:
-        r"""Return the mean of p(x'|z) at the mean of q(z|x), or over the posterior p(z|x): [B, \*event].
+        r"""Return the mean of p(x'\|z) at the mean of q(z\|x), or over the posterior p(z\|x), [B, \*event].
 
         .. math:: E[x' | x] \approx \sum_{k=1}^{K} \tilde w_k\, E[x' | z_k], \quad z_k \sim q(z|x), \quad
                   \tilde w_k \propto p(x, z_k) / q(z_k|x)

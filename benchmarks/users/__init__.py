@@ -33,7 +33,7 @@ def table(rows: list[Row], markdown: bool = False) -> str:
 
     Args:
         rows: measurements, of one number of threads.
-        markdown: as a table for the README, with ratios below 1 in bold type.
+        markdown: as a table for docs/benchmarks.md, with ratios below 1 in bold type.
     """
     cases: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, a quick test; nothing is written")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/benchmarks.md")
     parser.add_argument("--recorded", action="store_true", help="print the recorded table")
     options = parser.parse_args(arguments)
     wanted = options.cases or range(1, len(CASES) + 1)

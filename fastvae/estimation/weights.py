@@ -76,7 +76,7 @@ _NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))
 class LogMarginal:
     """Importance-sampling estimates of log p(x), each [B], in nats, with their errors and diagnostics.
 
-    Each is the property of that name of :class:`Weights`.
+    Each is the property of that name of ``Weights``.
     """
 
     log_px: Tensor = field(

@@ -95,7 +95,7 @@ def log_weights(
             no longer average out over examples, so leave it off in training. Default False.
 
     Returns:
-        :class:`LogWeights` (log_likelihood, log_ratio), each [K, B].
+        :class:`~fastvae.objectives.log_weights.LogWeights` (log_likelihood, log_ratio), each [K, B].
 
     Raises:
         TypeError, ValueError: for an invalid argument, which the message names.

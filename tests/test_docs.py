@@ -1,0 +1,36 @@
+"""Python blocks of the README and of the documentation's pages run, in order, in one namespace a page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/index.md", *(f"docs/start/{p}.md" for p in ("quickstart", "faq"))]
+PAGES += [f"docs/guide/{p}.md" for p in ("arguments", "evaluation", "last_layer", "ops", "numbers")]
+PAGES += ["docs/theory.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page):
+    file = ROOT / page
+    if not file.exists():
+        pytest.skip("tests without the repository around them")
+    text = file.read_text("utf-8")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.S | re.M))
+    namespace = {"__name__": "page"}
+    for block in blocks:
+        # Blank lines in front give tracebacks the page's line numbers.
+        lines = "\n" * text[: block.start(1)].count("\n")
+        exec(compile(lines + block[1], str(file), "exec"), namespace)
+    assert blocks or page.endswith("faq.md")
+
+
+def test_the_readme_is_short():
+    """The README is read in three minutes; all else is in the documentation."""
+    file = ROOT / "README.md"
+    if not file.exists():
+        pytest.skip("tests without the repository around them")
+    assert len(file.read_text("utf-8").split()) <= 900
