@@ -1,4 +1,4 @@
-"""``python -m benchmarks head_memory``: the picture of docs/guide/last_layer.md, docs/head.png: memory and time over K.
+"""``python -m benchmarks head_memory``: draw docs/head.png: memory and time over K.
 
 Peak growth of a process for the bound and all gradients, from the input of the decoder's last layer, and the
 time it takes: each case in a separate process.

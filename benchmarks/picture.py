@@ -1,4 +1,4 @@
-"""``python -m benchmarks picture``: the picture of docs/benchmarks.md, docs/front.png: time of a call, and memory over K.
+"""``python -m benchmarks picture``: draw docs/front.png: time of a call, memory over K.
 
 Left: overhead of an objective (``python -m benchmarks frontend``, one thread). Right: peak growth of a
 process that estimates log p(x) with K draws, each case in a separate process.

@@ -21,8 +21,8 @@ class GradientSNR(NamedTuple):
     A group, such as ``"encoder"``, contains the parameters with the same name up to the first dot.
 
     Attributes:
-        snr: ``|mean| / std`` of each element, averaged over the elements. Elements whose gradient is always 0 are
-            excluded; NaN if there are no others.
+        snr: ``|mean| / std`` of each element, averaged over the elements. Elements whose gradient is always
+            0 are excluded; NaN if there are no others.
         squared: ‖mean‖² / Σ variances, pooled over all elements. It is corrected for the noise of the mean,
             so that without signal it is 0 on average, and may be negative.
         floor: value of ``snr`` for pure noise, √(2 / (π n)) for n evaluations: below twice this value

@@ -97,12 +97,12 @@ def iwae(
             latents its parameters broadcast to [B, C, H, W], or are flat, [D]. Default: N(0, I), or the
             :class:`fastvae.distributions.Hierarchy` that produced q.
         estimator: gradient that reaches q. The value and the decoder's gradient do not depend on it.
-            ``"iwae"`` (default) is the bound's derivative, whose signal-to-noise ratio falls with k (Rainforth
-            et al. 2018). ``"dreg"`` is doubly reparameterised, unbiased for the same derivative; its
-            signal-to-noise ratio rises with k. It weights the gradient at each sample of z separately, and so
-            needs a decoder that treats rows independently: a BatchNorm in training mode is refused where it
-            is found, and must not hide in a function. ``"stl"`` drops the score of q: unbiased for k=1, where
-            it vanishes at the exact posterior, biased for k>1.
+            ``"iwae"`` (default) is the bound's derivative, whose signal-to-noise ratio falls with k
+            (Rainforth et al. 2018). ``"dreg"`` is doubly reparameterised, unbiased for the same derivative;
+            its signal-to-noise ratio rises with k. It weights the gradient at each sample of z separately,
+            and so needs a decoder that treats rows independently: a BatchNorm in training mode is refused
+            where it is found, and must not hide in a function. ``"stl"`` drops the score of q: unbiased for
+            k=1, where it vanishes at the exact posterior, biased for k>1.
         k_chunk: samples per chunk, to train in the memory of one chunk. Activations are dropped and
             recomputed in the backward pass with the same noise (including the decoder's, such as dropout), so
             that the gradient is that of all samples, at the cost of one more forward pass. The decoder is

@@ -108,8 +108,9 @@ def evaluate(
             :func:`fastvae.audit.ais` with its default settings, which shows by how much the importance
             estimate may be low. As many simulated examples are bounded from both sides
             (:func:`fastvae.audit.bdmc`), which measures the error of the annealing. The result is ``audit``,
-            :class:`~fastvae.estimation.evaluation.audit.Audit`. Each example takes 8000 evaluations of the decoder with a gradient by z, a
-            simulated one 14 400. It is not part of a checkpoint. Default: no audit.
+            :class:`~fastvae.estimation.evaluation.audit.Audit`. Each example takes 8000 evaluations of the
+            decoder with a gradient by z, a simulated one 14 400. It is not part of a checkpoint. Default: no
+            audit.
         shard: division of the work under torch.distributed: ``"data"`` (default), by batches; ``"samples"``,
             by each example's draws, for few examples and a large k; or ``"none"``: this process evaluates
             alone, and others need not call evaluate, unless parameters are sharded (FSDP): then all must.

@@ -115,7 +115,8 @@ class Evaluation(Examples):
                 result is right, and its error larger.
 
         Returns:
-            :class:`~fastvae.estimation.evaluation.delta.Delta`. As for log_px, trust it where k̂ of both examples is below 0.7.
+            :class:`~fastvae.estimation.evaluation.delta.Delta`. As for log_px, trust it where k̂ of both
+            examples is below 0.7.
 
         Raises:
             TypeError, IndexError: for another reference.
