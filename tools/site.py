@@ -18,7 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import fastvae
 
-PAGES = ("index", "start/quickstart", "start/port", "auto_tutorials/02_trust", "api/fastvae.ops", "theory")
+PAGES = ("index", "start/quickstart", "start/port", "auto_tutorials/02_trust", "api/fastvae.ops")
+PAGES += ("theory",)
 WIDTHS = (1280, 390)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Page in a frame of a given width, measured when its formulas are set.
