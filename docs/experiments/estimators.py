@@ -399,8 +399,8 @@ the latent. *quadratic*: normal, with a mean u + 0.3 u², so that there is a sec
 {curved}
 
 Where the posterior has further modes (*quadratic*) the fit covers one of them, and K = {k} draws, a
-twentieth of them from the prior, do not find the others in ten dimensions and more: the estimate is low, and
-k̂ does not say so for a mode that no draw has found.
+twentieth of them from the prior, do not find the others in fifty dimensions: the estimate is low. k̂ does not
+say so for a mode that no draw has found.
 
 The estimate is unbiased: over as many seeds as examples, at K = {k} with `proposal="refined"`,
 
