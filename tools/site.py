@@ -24,7 +24,8 @@ WIDTHS = (1280, 390)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Page in a frame of a given width, measured when its formulas are set.
 WRAPPER = """<body style="margin:0">
-<iframe id="frame" src="{page}" style="width:{width}px;height:1500px;border:0"></iframe><pre id="found"></pre><script>
+<iframe id="frame" src="{page}" style="width:{width}px;height:1500px;border:0"></iframe>
+<pre id="found"></pre><script>
 setTimeout(() => {{
   const page = document.getElementById("frame").contentDocument;
   document.getElementById("found").textContent = "FOUND" + JSON.stringify({{
