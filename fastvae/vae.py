@@ -225,7 +225,11 @@ class VAE(nn.Module):
     @overload
     def elbo(self, x: Any, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
     def elbo(self, x: Any, **options: Any) -> Tensor | Terms:
-        """Return :func:`fastvae.elbo` of x; options are its keyword arguments."""
+        """Return :func:`fastvae.elbo` of x; options are its keyword arguments.
+
+        Options: ``k``, ``beta``, ``free_bits``, ``free_bits_per``, ``kl``, ``mask``, ``size_factor``,
+        ``context``, ``reduction``, ``terms``, ``generator``, ``row_offset``, ``shared_noise``.
+        """
         decoder = self._fused(x, options.get("k", 1), options)
         return _elbo(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
@@ -238,7 +242,11 @@ class VAE(nn.Module):
     @overload
     def iwae(self, x: Any, k: int = 50, *, terms: bool, **options: Unpack[IwaeOptions]) -> Tensor | Terms: ...
     def iwae(self, x: Any, k: int = 50, **options: Any) -> Tensor | Terms:
-        """Return :func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
+        """Return :func:`fastvae.iwae` of x with k samples; options are its keyword arguments.
+
+        Options: ``estimator``, ``k_chunk``, ``noise``, ``mask``, ``size_factor``, ``context``, ``reduction``,
+        ``terms``, ``generator``, ``row_offset``, ``shared_noise``.
+        """
         decoder = self._fused(x, options.get("k_chunk") or k, options)
         return _iwae(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
 
@@ -267,7 +275,11 @@ class VAE(nn.Module):
         self, x: Any, objective: Bound, k: int = 50, *, terms: bool, **options: Unpack[QObjectiveOptions]
     ) -> Tensor | Terms: ...
     def bound(self, x: Any, objective: Bound, k: int = 50, **options: Any) -> Tensor | Terms:
-        """Return :func:`fastvae.bound` of x with k samples; options are its keyword arguments."""
+        """Return :func:`fastvae.bound` of x with k samples; options are its keyword arguments.
+
+        Options: ``q_objective``, ``k_chunk``, ``noise``, ``mask``, ``size_factor``, ``context``,
+        ``reduction``, ``terms``, ``generator``, ``row_offset``, ``shared_noise``.
+        """
         decoder = self._fused(x, options.get("k_chunk") or k, options)
         return _bound(  # type: ignore[no-any-return]
             x, self._q(x, options), decoder, objective, k=k, **self._meaning(), **options
@@ -282,13 +294,21 @@ class VAE(nn.Module):
     @overload
     def beta_tc(self, x: Any, *, terms: bool, **options: Unpack[BetaTCOptions]) -> Tensor | BetaTCTerms: ...
     def beta_tc(self, x: Any, **options: Any) -> Tensor | BetaTCTerms:
-        """Return :func:`fastvae.beta_tc` of x; options are its keyword arguments."""
+        """Return :func:`fastvae.beta_tc` of x; options are its keyword arguments.
+
+        Options: ``beta``, ``alpha``, ``gamma``, ``dataset_size``, ``sampling``, ``k``, ``mask``,
+        ``size_factor``, ``context``, ``reduction``, ``terms``, ``generator``, ``row_offset``,
+        ``shared_noise``.
+        """
         decoder = self._fused(x, options.get("k", 1), options)
         return beta_tc(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def log_marginal(self, x: Any, k: int = 5000, **options: Unpack[LogMarginalOptions]) -> LogMarginal:
         """Return :func:`fastvae.log_marginal` of x with k samples; options are its keyword arguments.
+
+        Options: ``k_chunk``, ``noise``, ``proposal``, ``mask``, ``size_factor``, ``context``, ``generator``,
+        ``row_offset``, ``shared_noise``.
 
         The module stays in its current mode (train or eval).
         """
@@ -297,16 +317,28 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def ais(self, x: Any, **options: Unpack[AISOptions]) -> AnnealedMarginal:
-        """Return :func:`fastvae.audit.ais` of x; options are its keyword arguments."""
+        """Return :func:`fastvae.audit.ais` of x; options are its keyword arguments.
+
+        Options: ``k``, ``steps``, ``leapfrog``, ``start``, ``k_chunk``, ``mask``, ``size_factor``,
+        ``context``, ``generator``, ``row_offset``.
+        """
         return ais(x, self._q(x, options), self.decoder, modules=[self], **self._meaning(), **options)
 
     def bdmc(self, **options: Unpack[BDMCOptions]) -> MarginalBounds:
-        """Return :func:`fastvae.audit.bdmc` of the model; options are its keyword arguments."""
+        """Return :func:`fastvae.audit.bdmc` of the model; options are its keyword arguments.
+
+        Options: ``latent_dim``, ``n``, ``k``, ``steps``, ``leapfrog``, ``start``, ``k_chunk``,
+        ``likelihood``, ``prior``, ``context``, ``generator``.
+        """
         given = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
         return bdmc(self.posterior, self.decoder, modules=[self], **given)
 
     def evaluate(self, data: Any, **options: Unpack[EvaluateOptions]) -> Evaluation:
-        """Return :func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
+        """Return :func:`fastvae.evaluate` of a data set; options are its keyword arguments.
+
+        Options: ``k``, ``tol``, ``k_chunk``, ``noise``, ``proposal``, ``batch_size``, ``prepare_batch``,
+        ``checkpoint``, ``audit``, ``shard``, ``progress``, ``generator``, ``shared_noise``.
+        """
         return evaluate(self, data, **options)
 
     def evaluated_parts(self) -> tuple[Any, Any, Likelihood, Any]:
@@ -321,6 +353,9 @@ class VAE(nn.Module):
         self, x: Any, k: int = 100, **options: Unpack[ReconstructionOptions]
     ) -> Tensor:
         """Return :func:`fastvae.reconstruction_log_prob` of x, [B]; options are its keyword arguments.
+
+        Options: ``k_chunk``, ``elementwise``, ``likelihood``, ``mask``, ``size_factor``, ``context``,
+        ``generator``, ``row_offset``, ``shared_noise``.
 
         Its negative is an anomaly score, by An and Cho's reconstruction probability; with
         ``elementwise=True`` it is that of each element of x, [B, *event]. Minus
@@ -361,7 +396,8 @@ class VAE(nn.Module):
     def sleep(self, n: int, **options: Unpack[SleepOptions]) -> Tensor:
         """Return :func:`fastvae.sleep` on n examples simulated by the model, to train the encoder.
 
-        Options are its keyword arguments.
+        Options: ``latent_dim``, ``likelihood``, ``prior``, ``context``, ``reduction``, ``modules``,
+        ``generator``.
         """
         given = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
         return sleep(self.posterior, self.decoder, n, **given)

@@ -222,6 +222,21 @@ def test_options_of_a_vae_are_the_keywords_of_the_function(name):
     assert not options.__required_keys__
 
 
+@pytest.mark.parametrize("name", [*OPTIONS, "elbo", "iwae", "bound", "beta_tc"])
+def test_docstrings_of_a_vae_name_its_options(name):
+    """An editor's hover shows the docstring, and ``**options`` without its names."""
+    kinds = {
+        "elbo": "ElboOptions",
+        "iwae": "IwaeOptions",
+        "bound": "QObjectiveOptions",
+        "beta_tc": "BetaTCOptions",
+    }
+    options = OPTIONS[name][1] if name in OPTIONS else getattr(objectives, kinds[name])
+    listed = re.search(r"Options: ([^.]*)\.", getattr(fastvae.VAE, name).__doc__)[1]
+    expected = {*get_type_hints(options), *(["terms"] if name in kinds else [])}
+    assert sorted(re.findall(r"``(\w+)``", listed)) == sorted(expected)
+
+
 def test_a_vae_takes_no_keyword_that_it_passes():
     """What the types leave out fails at run time, too."""
     vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), latent_dim=2)

@@ -34,7 +34,8 @@ class Evaluation(Examples):
 
     It has the fields of :class:`fastvae.LogMarginal`, the draws ``k`` and the ``elbo``, tensors [N] on the
     CPU in the order of the examples, in float64 except k; and the numbers of the data set below. ``print`` it
-    for a summary, :meth:`save` it to a file.
+    for a summary, :meth:`save` it to a file, :meth:`plot` it, or take it on with :meth:`to_pandas` and
+    :meth:`to_dict`. A notebook shows the summary as a table.
     """
 
     nll: float
