@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "info":
             from . import info
 
-            info.run(args)
+            info.run(args.json)
         elif args.command == "evaluate":
             from . import evaluate
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -16,14 +15,14 @@ from ..core import backend as _backend
 from ..core.terminal import show
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print versions, devices, the extension's state and the implementation of each op."""
+def run(as_json: bool = False) -> None:
+    """Print versions, devices, the extension's state and the implementation of each op, as text or JSON."""
     try:
         _backend.chosen()
     except ValueError as error:
         raise SystemExit(f"fastvae info: {error}") from None
     table = _ops()
-    if args.json:
+    if as_json:
         found: dict[str, Any] = {"versions": dict(_versions()), "devices": dict(_devices())}
         found["fastvae"] = dict(_choice())
         found["ops"] = {name: {"cpu": cpu, "gpu": gpu} for name, cpu, gpu in table}
