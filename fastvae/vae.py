@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -47,7 +47,14 @@ from .random import draw_seed
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .objectives.options import BetaTCOptions, ElboOptions, IwaeOptions, QObjectiveOptions
+    from .estimation.options import (
+        AISOptions,
+        BDMCOptions,
+        EvaluateOptions,
+        LogMarginalOptions,
+        ReconstructionOptions,
+    )
+    from .objectives.options import BetaTCOptions, ElboOptions, IwaeOptions, QObjectiveOptions, SleepOptions
 
 __all__ = ["VAE"]
 
@@ -212,30 +219,34 @@ class VAE(nn.Module):
         return q
 
     @overload
-    def elbo(self, x: Any, *, terms: Literal[True], **options: Unpack[ElboOptions]) -> Terms: ...
+    def elbo(self, x: Any, *, terms: Literal[False] = False, **options: Unpack[ElboOptions]) -> Tensor: ...
     @overload
-    def elbo(self, x: Any, *, terms: Literal[False] = ..., **options: Unpack[ElboOptions]) -> Tensor: ...
+    def elbo(self, x: Any, *, terms: Literal[True], **options: Unpack[ElboOptions]) -> Terms: ...
     @overload
     def elbo(self, x: Any, *, terms: bool, **options: Unpack[ElboOptions]) -> Tensor | Terms: ...
     def elbo(self, x: Any, **options: Any) -> Tensor | Terms:
-        """Return :func:`fastvae.elbo` of x; options are its keyword arguments."""
+        """Return :func:`fastvae.elbo` of x; options are its keyword arguments.
+
+        Options: ``k``, ``beta``, ``free_bits``, ``free_bits_per``, ``kl``, ``mask``, ``size_factor``,
+        ``context``, ``reduction``, ``terms``, ``generator``, ``row_offset``, ``shared_noise``.
+        """
         decoder = self._fused(x, options.get("k", 1), options)
         return _elbo(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @overload
     def iwae(
-        self, x: Any, k: int = ..., *, terms: Literal[True], **options: Unpack[IwaeOptions]
-    ) -> Terms: ...
-    @overload
-    def iwae(
-        self, x: Any, k: int = ..., *, terms: Literal[False] = ..., **options: Unpack[IwaeOptions]
+        self, x: Any, k: int = 50, *, terms: Literal[False] = False, **options: Unpack[IwaeOptions]
     ) -> Tensor: ...
     @overload
-    def iwae(
-        self, x: Any, k: int = ..., *, terms: bool, **options: Unpack[IwaeOptions]
-    ) -> Tensor | Terms: ...
+    def iwae(self, x: Any, k: int = 50, *, terms: Literal[True], **options: Unpack[IwaeOptions]) -> Terms: ...
+    @overload
+    def iwae(self, x: Any, k: int = 50, *, terms: bool, **options: Unpack[IwaeOptions]) -> Tensor | Terms: ...
     def iwae(self, x: Any, k: int = 50, **options: Any) -> Tensor | Terms:
-        """Return :func:`fastvae.iwae` of x with k samples; options are its keyword arguments."""
+        """Return :func:`fastvae.iwae` of x with k samples; options are its keyword arguments.
+
+        Options: ``estimator``, ``k_chunk``, ``noise``, ``mask``, ``size_factor``, ``context``, ``reduction``,
+        ``terms``, ``generator``, ``row_offset``, ``shared_noise``.
+        """
         decoder = self._fused(x, options.get("k_chunk") or k, options)
         return _iwae(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)  # type: ignore[no-any-return]
 
@@ -244,46 +255,60 @@ class VAE(nn.Module):
         self,
         x: Any,
         objective: Bound,
-        k: int = ...,
+        k: int = 50,
+        *,
+        terms: Literal[False] = False,
+        **options: Unpack[QObjectiveOptions],
+    ) -> Tensor: ...
+    @overload
+    def bound(
+        self,
+        x: Any,
+        objective: Bound,
+        k: int = 50,
         *,
         terms: Literal[True],
         **options: Unpack[QObjectiveOptions],
     ) -> Terms: ...
     @overload
     def bound(
-        self,
-        x: Any,
-        objective: Bound,
-        k: int = ...,
-        *,
-        terms: Literal[False] = ...,
-        **options: Unpack[QObjectiveOptions],
-    ) -> Tensor: ...
-    @overload
-    def bound(
-        self, x: Any, objective: Bound, k: int = ..., *, terms: bool, **options: Unpack[QObjectiveOptions]
+        self, x: Any, objective: Bound, k: int = 50, *, terms: bool, **options: Unpack[QObjectiveOptions]
     ) -> Tensor | Terms: ...
     def bound(self, x: Any, objective: Bound, k: int = 50, **options: Any) -> Tensor | Terms:
-        """Return :func:`fastvae.bound` of x with k samples; options are its keyword arguments."""
+        """Return :func:`fastvae.bound` of x with k samples; options are its keyword arguments.
+
+        Options: ``q_objective``, ``k_chunk``, ``noise``, ``mask``, ``size_factor``, ``context``,
+        ``reduction``, ``terms``, ``generator``, ``row_offset``, ``shared_noise``.
+        """
         decoder = self._fused(x, options.get("k_chunk") or k, options)
         return _bound(  # type: ignore[no-any-return]
             x, self._q(x, options), decoder, objective, k=k, **self._meaning(), **options
         )
 
     @overload
-    def beta_tc(self, x: Any, *, terms: Literal[True], **options: Unpack[BetaTCOptions]) -> BetaTCTerms: ...
+    def beta_tc(
+        self, x: Any, *, terms: Literal[False] = False, **options: Unpack[BetaTCOptions]
+    ) -> Tensor: ...
     @overload
-    def beta_tc(self, x: Any, *, terms: Literal[False] = ..., **options: Unpack[BetaTCOptions]) -> Tensor: ...
+    def beta_tc(self, x: Any, *, terms: Literal[True], **options: Unpack[BetaTCOptions]) -> BetaTCTerms: ...
     @overload
     def beta_tc(self, x: Any, *, terms: bool, **options: Unpack[BetaTCOptions]) -> Tensor | BetaTCTerms: ...
     def beta_tc(self, x: Any, **options: Any) -> Tensor | BetaTCTerms:
-        """Return :func:`fastvae.beta_tc` of x; options are its keyword arguments."""
+        """Return :func:`fastvae.beta_tc` of x; options are its keyword arguments.
+
+        Options: ``beta``, ``alpha``, ``gamma``, ``dataset_size``, ``sampling``, ``k``, ``mask``,
+        ``size_factor``, ``context``, ``reduction``, ``terms``, ``generator``, ``row_offset``,
+        ``shared_noise``.
+        """
         decoder = self._fused(x, options.get("k", 1), options)
         return beta_tc(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def log_marginal(self, x: Any, k: int = 5000, **options: Any) -> LogMarginal:
+    def log_marginal(self, x: Any, k: int = 5000, **options: Unpack[LogMarginalOptions]) -> LogMarginal:
         """Return :func:`fastvae.log_marginal` of x with k samples; options are its keyword arguments.
+
+        Options: ``k_chunk``, ``noise``, ``proposal``, ``mask``, ``size_factor``, ``context``, ``generator``,
+        ``row_offset``, ``shared_noise``.
 
         The module stays in its current mode (train or eval).
         """
@@ -291,17 +316,29 @@ class VAE(nn.Module):
         return _log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
 
     @torch.no_grad()
-    def ais(self, x: Any, **options: Any) -> AnnealedMarginal:
-        """Return :func:`fastvae.audit.ais` of x; options are its keyword arguments."""
+    def ais(self, x: Any, **options: Unpack[AISOptions]) -> AnnealedMarginal:
+        """Return :func:`fastvae.audit.ais` of x; options are its keyword arguments.
+
+        Options: ``k``, ``steps``, ``leapfrog``, ``start``, ``k_chunk``, ``mask``, ``size_factor``,
+        ``context``, ``generator``, ``row_offset``.
+        """
         return ais(x, self._q(x, options), self.decoder, modules=[self], **self._meaning(), **options)
 
-    def bdmc(self, **options: Any) -> MarginalBounds:
-        """Return :func:`fastvae.audit.bdmc` of the model; options are its keyword arguments."""
-        options = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
-        return bdmc(self.posterior, self.decoder, modules=[self], **options)
+    def bdmc(self, **options: Unpack[BDMCOptions]) -> MarginalBounds:
+        """Return :func:`fastvae.audit.bdmc` of the model; options are its keyword arguments.
 
-    def evaluate(self, data: Any, **options: Any) -> Evaluation:
-        """Return :func:`fastvae.evaluate` of a data set; options are its keyword arguments."""
+        Options: ``latent_dim``, ``n``, ``k``, ``steps``, ``leapfrog``, ``start``, ``k_chunk``,
+        ``likelihood``, ``prior``, ``context``, ``generator``.
+        """
+        given = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
+        return bdmc(self.posterior, self.decoder, modules=[self], **given)
+
+    def evaluate(self, data: Any, **options: Unpack[EvaluateOptions]) -> Evaluation:
+        """Return :func:`fastvae.evaluate` of a data set; options are its keyword arguments.
+
+        Options: ``k``, ``tol``, ``k_chunk``, ``noise``, ``proposal``, ``batch_size``, ``prepare_batch``,
+        ``checkpoint``, ``audit``, ``shard``, ``progress``, ``generator``, ``shared_noise``.
+        """
         return evaluate(self, data, **options)
 
     def evaluated_parts(self) -> tuple[Any, Any, Likelihood, Any]:
@@ -312,17 +349,22 @@ class VAE(nn.Module):
         return self.posterior, decoder, self.likelihood, self.prior
 
     @torch.no_grad()
-    def reconstruction_log_prob(self, x: Any, k: int = 100, **options: Any) -> Tensor:
+    def reconstruction_log_prob(
+        self, x: Any, k: int = 100, **options: Unpack[ReconstructionOptions]
+    ) -> Tensor:
         """Return :func:`fastvae.reconstruction_log_prob` of x, [B]; options are its keyword arguments.
+
+        Options: ``k_chunk``, ``elementwise``, ``likelihood``, ``mask``, ``size_factor``, ``context``,
+        ``generator``, ``row_offset``, ``shared_noise``.
 
         Its negative is an anomaly score, by An and Cho's reconstruction probability; with
         ``elementwise=True`` it is that of each element of x, [B, *event]. Minus
         :meth:`log_marginal` is the other usual score, which also penalises latents that are rare under the
         prior.
         """
-        options = {"likelihood": self.likelihood, "k": k, **options}
+        given: dict[str, Any] = {"likelihood": self.likelihood, "k": k, **options}
         decoder = self._fused(x, k, options)
-        return _reconstruction_log_prob(x, self._q(x, options), decoder, **options)
+        return _reconstruction_log_prob(x, self._q(x, options), decoder, **given)
 
     @teaches
     @torch.no_grad()
@@ -351,13 +393,14 @@ class VAE(nn.Module):
             return self.likelihood.mean(parameters)
         return self.likelihood.sample(parameters, generator=generator)
 
-    def sleep(self, n: int, **options: Any) -> Tensor:
+    def sleep(self, n: int, **options: Unpack[SleepOptions]) -> Tensor:
         """Return :func:`fastvae.sleep` on n examples simulated by the model, to train the encoder.
 
-        Options are its keyword arguments.
+        Options: ``latent_dim``, ``likelihood``, ``prior``, ``context``, ``reduction``, ``modules``,
+        ``generator``.
         """
-        options = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
-        return sleep(self.posterior, self.decoder, n, **options)
+        given = {**self._meaning(), "latent_dim": self._known_latent_dim(), **options}
+        return sleep(self.posterior, self.decoder, n, **given)
 
     @teaches
     @torch.no_grad()
@@ -608,10 +651,10 @@ class VAE(nn.Module):
             )
         return self.latent_dim
 
-    def _q(self, x: Any, options: dict[str, Any]) -> Distribution:
+    def _q(self, x: Any, options: Mapping[str, Any]) -> Distribution:
         return self.posterior(x, options.get("context"))
 
-    def _fused(self, x: Any, samples: Any, options: dict[str, Any]) -> Any:
+    def _fused(self, x: Any, samples: Any, options: Mapping[str, Any]) -> Any:
         """Return the decoder, without its last layer where fusing that into the objective may be faster."""
         if options.get("terms"):  # which return the decoder's output
             return self.decoder

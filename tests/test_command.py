@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import struct
 import subprocess
@@ -61,6 +62,7 @@ def folder(tmp_path):
 def test_results_and_picture(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     arguments = ["evaluate", "model.pt", "x.npy", "--k", "60", "--seed", "3"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main([*arguments, "--out", "results.npz", "--plot"]) == 0
     shown = capsys.readouterr()
     assert "23 examples, 60 draws each" in shown.out
@@ -75,6 +77,65 @@ def test_results_and_picture(folder, capsys, monkeypatch):
     assert Path("results.png").read_bytes().startswith(b"\x89PNG")
     main([*arguments, "--plot", "other.png"])
     assert Path("other.png").stat().st_size > 10_000
+
+
+def _strict(text):
+    """Parse one JSON value, without Python's NaN and Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_is_all_of_standard_output(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    arguments = ["evaluate", "model.pt", "x.npy", "--k", "30", "--json", "--audit", "1"]
+    assert main([*arguments, "--out", "results.npz", "--plot"]) == 0
+    shown = capsys.readouterr()
+    assert _strict(shown.out) == fastvae.Evaluation.load("results.npz").to_dict()
+    assert shown.err == "" and Path("results.png").exists()
+    x = np.load("x.npy")
+    x[3] = np.nan
+    np.save("x.npy", x)
+    with pytest.warns(RuntimeWarning, match="NaN"):
+        assert main([*arguments, "--quiet"]) == 0
+    found = _strict(capsys.readouterr().out)
+    assert found["nll"] is None and found["log_px"][3] is None and found["log_px"][4] < 0
+
+
+def test_quiet_prints_only_the_summary(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    arguments = ["evaluate", "model.pt", "x.npy", "--k", "30", "--quiet", "--audit", "1"]
+    assert main([*arguments, "--out", "results.npz", "--plot"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{fastvae.Evaluation.load('results.npz')}\n"
+    assert shown.err == "" and Path("results.png").exists()
+
+
+def test_json_of_the_demo(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(demo, "draw", lambda *args: [Path("overview.png")])
+    arguments = ["demo", "--epochs", "1", "--k", "2", "--eval-k", "3", "--out", "out"]
+    assert main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    found = _strict(shown.out)
+    elbo, iwae = found["models"]
+    assert shown.err == "" and (found["epochs"], found["k"], found["eval_k"]) == (1, 2, 3)
+    assert (elbo["objective"], iwae["objective"]) == ("ELBO", "IWAE-2")
+    assert Path(iwae["file"]).exists() and iwae["log_px"] < 0 < iwae["log_px_stderr"]
+    assert main([*arguments, "--quiet"]) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("nats per test image") and "overview.png" not in table
+    assert f"{elbo['log_px']:.2f} ± {elbo['log_px_stderr']:.2f}" in table
+
+
+def test_json_of_info(capsys):
+    assert main(["info", "--json"]) == 0
+    found = _strict(capsys.readouterr().out)
+    assert found["versions"]["fastvae"] == fastvae.__version__
+    assert list(found["ops"]) == fastvae.ops.__all__
 
 
 class _NoWork:
@@ -154,7 +215,7 @@ _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def test_a_closed_pipe(folder):
-    """Under ``| head``, also with the progress bar in the pipe, results are saved without a traceback."""
+    """Under ``| head``, also with standard error in the pipe, results are saved without a traceback."""
     command = [sys.executable, "-m", "fastvae", "evaluate", "model.pt", "x.npy", "--k", "30", "--out"]
     read, write = os.pipe()
     os.close(read)

@@ -611,8 +611,9 @@ def test_a_prior_that_all_batches_share_is_encoded_once():
     assert calls == [4, 4]
 
 
-def test_progress_shows_the_running_nll(capsys):
+def test_progress_shows_the_running_nll(capsys, monkeypatch):
     model, x, q = _model_and_data()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     result = _evaluate(model, q, x, batch_size=10, progress=True)
     shown = capsys.readouterr().err
     assert "3/3" in shown

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
 import fastvae
 from fastvae import bounds, proposals, random
 from fastvae.core import options
+from fastvae.estimation import options as estimates
 from fastvae.objectives import options as objectives
 from fastvae.ops import normal_diagonal
 
@@ -85,7 +87,14 @@ reveal_type(vae.beta_tc(x, terms=either))  # Tensor | BetaTCTerms
 reveal_type(vae.sleep(3))  # Tensor
 reveal_type(fastvae.diagnostics.latents(vae, x).kl)  # float
 reveal_type(vae.log_marginal(x))  # LogMarginal
+reveal_type(vae.log_marginal(x, k=10, noise="qmc", proposal="defensive"))  # LogMarginal
+reveal_type(vae.ais(x, k=2, steps=3, start="prior"))  # AnnealedMarginal
+reveal_type(vae.bdmc(n=3, latent_dim=2).gap)  # float
+reveal_type(vae.reconstruction_log_prob(x, elementwise=True))  # Tensor
 reveal_type(vae.evaluate(x))  # Evaluation
+result = vae.evaluate(x, tol=0.1, checkpoint="run.npz", prepare_batch=lambda batch: {"x": batch[0]})
+reveal_type(result.nll_interval)  # tuple[float, float]
+reveal_type(result.to_dict()["nll"])  # Any
 reveal_type(vae.posterior(x))  # Distribution
 reveal_type(vae.sample(3))  # Any
 reveal_type(DiagonalNormal(x, x).mu)  # Tensor
@@ -130,6 +139,14 @@ gaussian_log_prob(x, x)  # error
 gaussian_log_prob(x, mean=x, log_var=x)  # error
 fastvae.ops.benoulli_log_prob(x, x)  # error
 -vae.elbo(x, terms=True)  # error
+vae.log_marginal(x, noise="sobol")  # error
+vae.evaluate(x, tols=0.1)  # error
+vae.evaluate(x, likelihood="bernoulli")  # error
+vae.ais(x, step=3)  # error
+vae.bdmc(start="q")  # error
+vae.reconstruction_log_prob(x, elementwise="yes")  # error
+vae.sleep(3, reduction="avg")  # error
+result.to_dict(1)  # error
 """
 
 
@@ -171,6 +188,63 @@ def test_overloads_take_every_argument(name):
     types = get_type_hints(function)
     arguments = getattr(objectives, {"beta_tc": "BetaTC"}.get(name, name.title()) + "Arguments")
     assert {n: types[n] for n in keywords if n != "terms"} == get_type_hints(arguments)
+
+
+# Keywords that a VAE passes itself, by method.
+PASSED = {
+    "log_marginal": {"k", "likelihood", "prior"},
+    "reconstruction_log_prob": {"k"},
+    "ais": {"likelihood", "prior", "modules"},
+    "bdmc": {"modules"},
+    "evaluate": set(),
+    "sleep": set(),
+}
+OPTIONS = {
+    "log_marginal": (fastvae.log_marginal, estimates.LogMarginalOptions),
+    "reconstruction_log_prob": (fastvae.reconstruction_log_prob, estimates.ReconstructionOptions),
+    "ais": (fastvae.audit.ais, estimates.AISOptions),
+    "bdmc": (fastvae.audit.bdmc, estimates.BDMCOptions),
+    "evaluate": (fastvae.evaluate, estimates.EvaluateOptions),
+    "sleep": (fastvae.sleep, objectives.SleepOptions),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_vae_are_the_keywords_of_the_function(name):
+    """They have its names and types, and the method's annotation names their type."""
+    function, options = OPTIONS[name]
+    function = inspect.unwrap(function)
+    keywords = [n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    types = get_type_hints(function)
+    assert {n: types[n] for n in keywords if n not in PASSED[name]} == get_type_hints(options)
+    method = inspect.unwrap(getattr(fastvae.VAE, name))
+    assert method.__annotations__["options"] == f"Unpack[{options.__name__}]"
+    assert not options.__required_keys__
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "elbo", "iwae", "bound", "beta_tc"])
+def test_docstrings_of_a_vae_name_its_options(name):
+    """An editor's hover shows the docstring, and ``**options`` without its names."""
+    kinds = {
+        "elbo": "ElboOptions",
+        "iwae": "IwaeOptions",
+        "bound": "QObjectiveOptions",
+        "beta_tc": "BetaTCOptions",
+    }
+    options = OPTIONS[name][1] if name in OPTIONS else getattr(objectives, kinds[name])
+    listed = re.search(r"Options: ([^.]*)\.", getattr(fastvae.VAE, name).__doc__)[1]
+    expected = {*get_type_hints(options), *(["terms"] if name in kinds else [])}
+    assert sorted(re.findall(r"``(\w+)``", listed)) == sorted(expected)
+
+
+def test_a_vae_takes_no_keyword_that_it_passes():
+    """What the types leave out fails at run time, too."""
+    vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), latent_dim=2)
+    first = {"bdmc": (), "sleep": (3,)}
+    for name, passed in PASSED.items():
+        for keyword in passed - {"k"}:
+            with pytest.raises(TypeError, match=f"multiple values for keyword argument '{keyword}'"):
+                getattr(vae, name)(*first.get(name, (torch.rand(3, 8),)), **{keyword: None})
 
 
 def test_literals_match_the_accepted_options():

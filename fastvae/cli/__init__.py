@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "info":
             from . import info
 
-            info.run()
+            info.run(args.json)
         elif args.command == "evaluate":
             from . import evaluate
 
@@ -44,13 +44,30 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_evaluate(commands)
-    commands.add_parser(
+    info = commands.add_parser(
         "info",
         help="print versions, devices and which implementation each op uses here",
         description="Print versions, devices, the state of the C++ extension, and which implementation each "
         "op uses on CPU and on GPU tensors.",
     )
+    _add_json(info)
     return parser
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json", action="store_true", help="print JSON on standard output, and nothing else there"
+    )
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    """Add the options of what a command prints."""
+    _add_json(command)
+    command.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print only the results: no progress bars, settings, times and file names",
+    )
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -132,6 +149,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="S",
         help="seed of weights, batches and noise; the test set is always the same (default: %(default)s)",
     )
+    _add_output(demo)
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -220,6 +238,7 @@ def _add_run(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "--trust", action="store_true", help="load a pickled model, which may run code from the file"
     )
+    _add_output(evaluate)
 
 
 def _path(text: str) -> Path:

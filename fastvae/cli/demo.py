@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 
 import fastvae
 
-from ..core.terminal import show
+from ..core.json_values import json_value
+from ..core.terminal import discard, show
 from ..estimation.evaluation.checkpoint import check_destination
 from . import latents
 from .images import Images, digits, idx_folder
@@ -34,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
     architecture |= {option: name for option, name in asked.items() if name != USUAL[option]}
     named = [f", {name} {architecture[name]}" for name in ("posterior", "prior") if name in architecture]
     epochs = args.epochs or images.epochs
-    show(
+    chatter = discard if args.quiet or args.json else show
+    chatter(
         f"{images.name}: {len(images.train)} training and {len(images.test)} test images of "
         f"{images.shape[0]}x{images.shape[1]} pixels, {images.says}\n"
         f"{args.latent} latent dimension{'s' * (args.latent > 1)}{''.join(named)}, "
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     images = images._replace(train=images.train.to(args.device), test=images.test.to(args.device))
     with threads(1 if pixels <= 64 else torch.get_num_threads()):
         runs = [
-            train(name, k, images, architecture, epochs, args.eval_k, args.seed)
+            train(name, k, images, architecture, epochs, args.eval_k, args.seed, progress=not args.quiet)
             for name, k in (("ELBO", None), (f"IWAE-{args.k}", args.k))
         ]
     settings = {
@@ -68,15 +72,18 @@ def run(args: argparse.Namespace) -> None:
                 path,
             )
     finally:
-        show("\n" + table(runs, args.eval_k) + "\n")
+        if args.json:
+            show(json.dumps({**settings, "eval_k": args.eval_k, "models": figures(runs, paths)}))
+        else:
+            show(table(runs, args.eval_k) if args.quiet else "\n" + table(runs, args.eval_k) + "\n")
     if args.likelihood != "bernoulli":
         drawn = [draw_likelihood(runs[-1], images, args.out)]
     else:
         drawn = draw(runs, images, args.out, args.eval_k)
     for path in paths + drawn:
-        show(path)
+        chatter(path)
     if args.latent != 2 and args.likelihood == "bernoulli":
-        show(f"no manifold.png: it shows a latent plane, which needs --latent 2, not {args.latent}")
+        chatter(f"no manifold.png: it shows a latent plane, which needs --latent 2, not {args.latent}")
 
 
 def _check_environment(args: argparse.Namespace) -> None:
@@ -114,6 +121,21 @@ def _images_of(args: argparse.Namespace) -> Images:
     except (OSError, ValueError) as error:
         raise SystemExit(f"fastvae demo: {error}") from None
     return images
+
+
+def figures(runs: list[Run], paths: list[Path]) -> list[dict[str, Any]]:
+    """Return the test results of the models, in nats per image, for JSON."""
+    found = []
+    for r, path in zip(runs, paths, strict=True):
+        numbers = {
+            "elbo": r.elbo.double().mean(),
+            "elbo_stderr": _standard_error(r.elbo),
+            "log_px": r.log_px.double().mean(),
+            "log_px_stderr": _standard_error(r.log_px),
+            "median_ess": r.ess.median(),
+        }
+        found.append({"objective": r.name, "file": str(path), **json_value(numbers)})
+    return found
 
 
 def table(runs: list[Run], eval_k: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..core.terminal import show
+from ..core.terminal import discard, show
 from ..estimation.estimates import UNTRUSTED
 from ..estimation.evaluation.checkpoint import check_destination
 from ..estimation.evaluation.ranks import RankFailed
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
                 checkpoint=args.checkpoint,
                 audit=args.audit,
                 shard=args.shard,
-                progress=first,
+                progress=first and not args.quiet,
                 generator=torch.Generator().manual_seed(args.seed),
             )
         except (OSError, RankFailed, TypeError, ValueError) as error:
@@ -75,17 +76,18 @@ def run(args: argparse.Namespace) -> None:
         # Save first, so that results survive a failure of printing or plotting.
         took = time.perf_counter() - start
         saved, problem = _save(result, args.out) if args.out else (None, None)
-        show(result)
-        show(f"{took:.1f} s on {device}, seed {args.seed}")
+        show(json.dumps(result.to_dict(), allow_nan=False) if args.json else result)
+        chatter = discard if args.quiet or args.json else show
+        chatter(f"{took:.1f} s on {device}, seed {args.seed}")
         if saved:
-            show(saved)
+            chatter(saved)
         if plot:
             try:
                 draw(result, plot, f"{args.model.name} on {args.data}")
             except OSError as error:
                 problem = problem or f"{plot} cannot be written ({error.strerror or error})"
             else:
-                show(plot)
+                chatter(plot)
         if problem:
             raise SystemExit(f"fastvae evaluate: {problem}")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -13,13 +15,19 @@ from ..core import backend as _backend
 from ..core.terminal import show
 
 
-def run() -> None:
-    """Print versions, devices, the extension's state and the implementation of each op."""
+def run(as_json: bool = False) -> None:
+    """Print versions, devices, the extension's state and the implementation of each op, as text or JSON."""
     try:
         _backend.chosen()
     except ValueError as error:
         raise SystemExit(f"fastvae info: {error}") from None
     table = _ops()
+    if as_json:
+        found: dict[str, Any] = {"versions": dict(_versions()), "devices": dict(_devices())}
+        found["fastvae"] = dict(_choice())
+        found["ops"] = {name: {"cpu": cpu, "gpu": gpu} for name, cpu, gpu in table}
+        show(json.dumps(found))
+        return
     ops_width, cpu_width = (max(len(row[i]) for row in [("", "CPU tensors"), *table]) for i in range(2))
     for heading, rows in (
         ("versions", _versions()),

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import fastvae
 
-from ..core.terminal import ProgressStream
+from ..core.terminal import progress_bar
 from . import latents
 from .images import Images
 from .models import build
@@ -61,13 +60,14 @@ def train(
     eval_k: int,
     seed: int,
     bound: Callable[..., Tensor] | None = None,
+    progress: bool = True,
 ) -> Run:
     """Build and train a model with the ELBO, IWAE (if k is given) or ``bound``, and evaluate it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(architecture).to(images.train.device)
     latents.start(model, images.train)
-    return fit(name, k, images, model, architecture, epochs, eval_k, seed, bound)
+    return fit(name, k, images, model, architecture, epochs, eval_k, seed, bound, progress)
 
 
 def fit(
@@ -80,6 +80,7 @@ def fit(
     eval_k: int,
     seed: int,
     bound: Callable[..., Tensor] | None = None,
+    progress: bool = True,
 ) -> Run:
     """Train this model, and evaluate it on the test images.
 
@@ -98,28 +99,30 @@ def fit(
     train_curve, test_curve = [], []
     steps = math.ceil(len(images.train) / BATCH)
     beta = latents.beta_of(model, epochs * steps) if k is None and bound is None else None
-    with tqdm(total=epochs * steps, desc=f"{name:8}", unit="step", file=ProgressStream()) as bar:
+    done = 0
+    with progress_bar(progress, total=epochs * steps, desc=f"{name:8}", unit="step") as bar:
         for _ in range(epochs):
             total = torch.zeros((), device=device)
             order = torch.randperm(len(images.train), generator=generator, device=device)
             for rows in order.split(BATCH):
                 x = images.draw(images.train[rows], generator)
                 if beta is not None:
-                    options["beta"] = beta(bar.n)
+                    options["beta"] = beta(done)
                 value = objective(x, encoder(x), decoder, **options)
                 optimizer.zero_grad()
                 (-value).backward()
                 optimizer.step()
                 total += value.detach() * len(x)
                 bar.update()
-                if bar.n % 50 == 0:
+                done += 1
+                if done % 50 == 0:
                     bar.set_postfix(bound=f"{value.item():.2f}")
             train_curve.append(total.item() / len(images.train))
             test_curve.append(bound_on_test(model, images.test, k).mean().item())
             bar.set_postfix(train=f"{train_curve[-1]:.2f}", test=f"{test_curve[-1]:.2f}")
 
     noise = torch.Generator(device).manual_seed(TEST_SEED)
-    result = model.evaluate(images.test, k=eval_k, batch_size=BATCH, generator=noise)
+    result = model.evaluate(images.test, k=eval_k, batch_size=BATCH, progress=progress, generator=noise)
     elbo = bound_on_test(model, images.test, None, samples=100).cpu()
     return Run(name, model, architecture, train_curve, test_curve, elbo, result.log_px, result.ess)
 

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+from tqdm import tqdm
+
 # ASCII substitutes for the special characters that fastvae prints.
 _PLAIN = {"±": "+-", "−": "-", "…": "..."}
 
@@ -38,6 +40,30 @@ def show(text: Any) -> None:
         os.close(nowhere)
         if not isinstance(error, BrokenPipeError):
             raise SystemExit(f"fastvae: standard output cannot be written: {error.strerror}") from None
+
+
+def discard(text: Any) -> None:
+    """Print nothing, in place of :func:`show`."""
+
+
+def has_reader(stream: Any) -> bool:
+    """Return True if a stream is a terminal or a notebook's, where a progress bar can overwrite itself."""
+    if type(stream).__module__.partition(".")[0] == "ipykernel":
+        return True
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):  # None, a stream without isatty, or one that is closed
+        return False
+
+
+def progress_bar(shown: bool, **options: Any) -> tqdm:
+    """Return a progress bar on standard error, which writes nothing unless ``shown`` and there is a reader.
+
+    Args:
+        shown: show the bar if standard error is a terminal or a notebook's; a log file gets nothing.
+        options: keyword arguments of tqdm, such as ``total``, ``desc`` and ``unit``.
+    """
+    return tqdm(disable=not (shown and has_reader(sys.stderr)), file=ProgressStream(), **options)
 
 
 class ProgressStream:

@@ -55,12 +55,12 @@ class BetaTCTerms(Terms):
 
 @overload
 def beta_tc(
-    x: Data, q: Any, decoder: Decoder, *, terms: Literal[True], **options: Unpack[BetaTCArguments]
-) -> BetaTCTerms: ...
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[False] = False, **options: Unpack[BetaTCArguments]
+) -> Tensor: ...
 @overload
 def beta_tc(
-    x: Data, q: Any, decoder: Decoder, *, terms: Literal[False] = ..., **options: Unpack[BetaTCArguments]
-) -> Tensor: ...
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[True], **options: Unpack[BetaTCArguments]
+) -> BetaTCTerms: ...
 @overload
 def beta_tc(
     x: Data, q: Any, decoder: Decoder, *, terms: bool, **options: Unpack[BetaTCArguments]

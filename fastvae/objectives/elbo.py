@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @overload
 def elbo(
-    x: Data, q: Any, decoder: Decoder, *, terms: Literal[True], **options: Unpack[ElboArguments]
-) -> Terms: ...
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[False] = False, **options: Unpack[ElboArguments]
+) -> Tensor: ...
 @overload
 def elbo(
-    x: Data, q: Any, decoder: Decoder, *, terms: Literal[False] = ..., **options: Unpack[ElboArguments]
-) -> Tensor: ...
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[True], **options: Unpack[ElboArguments]
+) -> Terms: ...
 @overload
 def elbo(
     x: Data, q: Any, decoder: Decoder, *, terms: bool, **options: Unpack[ElboArguments]

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 @overload
 def iwae(
-    x: Data, q: Any, decoder: Decoder, *, terms: Literal[True], **options: Unpack[IwaeArguments]
-) -> Terms: ...
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[False] = False, **options: Unpack[IwaeArguments]
+) -> Tensor: ...
 @overload
 def iwae(
-    x: Data, q: Any, decoder: Decoder, *, terms: Literal[False] = ..., **options: Unpack[IwaeArguments]
-) -> Tensor: ...
+    x: Data, q: Any, decoder: Decoder, *, terms: Literal[True], **options: Unpack[IwaeArguments]
+) -> Terms: ...
 @overload
 def iwae(
     x: Data, q: Any, decoder: Decoder, *, terms: bool, **options: Unpack[IwaeArguments]
@@ -190,9 +190,9 @@ def bound(
     decoder: Decoder,
     objective: Bound,
     *,
-    terms: Literal[True],
+    terms: Literal[False] = False,
     **options: Unpack[BoundArguments],
-) -> Terms: ...
+) -> Tensor: ...
 @overload
 def bound(
     x: Data,
@@ -200,9 +200,9 @@ def bound(
     decoder: Decoder,
     objective: Bound,
     *,
-    terms: Literal[False] = ...,
+    terms: Literal[True],
     **options: Unpack[BoundArguments],
-) -> Tensor: ...
+) -> Terms: ...
 @overload
 def bound(
     x: Data, q: Any, decoder: Decoder, objective: Bound, *, terms: bool, **options: Unpack[BoundArguments]

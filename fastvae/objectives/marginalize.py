@@ -66,17 +66,17 @@ def marginalize(
     x: Any,
     bound: Callable[[Any, Tensor], Tensor],
     *,
-    terms: Literal[True],
+    terms: Literal[False] = False,
     **options: Unpack[MarginalOptions],
-) -> Marginal: ...
+) -> Tensor: ...
 @overload
 def marginalize(
     x: Any,
     bound: Callable[[Any, Tensor], Tensor],
     *,
-    terms: Literal[False] = ...,
+    terms: Literal[True],
     **options: Unpack[MarginalOptions],
-) -> Tensor: ...
+) -> Marginal: ...
 @overload
 def marginalize(
     x: Any,

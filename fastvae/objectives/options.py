@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.options import KL, Estimator, FreeBitsPer, Noise, Reduction, Sampling
 from ..core.records import registered
@@ -99,6 +99,18 @@ class BetaTCOptions(BoundOptions, total=False):
     dataset_size: int | None
     sampling: Sampling
     k: int
+
+
+class SleepOptions(TypedDict, total=False):
+    """Options of :func:`~.wake_sleep.sleep`."""
+
+    latent_dim: int | tuple[int, ...]
+    likelihood: str | Likelihood
+    prior: Any
+    context: Any
+    reduction: Reduction
+    modules: Sequence[nn.Module]
+    generator: torch.Generator | None
 
 
 class ModelArguments(TypedDict, total=False):

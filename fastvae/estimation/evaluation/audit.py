@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ...core.nested import Conditioning, as_mask, as_size_factor, each, tensors
 from ...core.sparse import at_rows, joined
-from ...core.terminal import ProgressStream
+from ...core.terminal import progress_bar
 from ...distributions import rsample_log_prob
 from ...inputs.batch import Inputs
 from ..audit.annealing import Annealing, Settings, simulate
@@ -211,7 +210,7 @@ def run_audit(
         log_px: importance estimates of all examples [N].
         seed: the evaluation's seed, from which the audit's seeds are derived.
         ranks: processes that share the work, by blocks of examples.
-        progress: show a progress bar.
+        progress: show a progress bar, where standard error has a reader.
     """
     examples = sample.examples
     blocks = [examples[i : i + _BLOCK] for i in range(0, len(examples), _BLOCK)]
@@ -220,7 +219,7 @@ def run_audit(
     settings = Settings(STEPS, CHAINS, LEAPFROG, "posterior", Chunks(None))
     found: dict[tuple[bool, int], Any] = {}
     total = sum(settings.work(1 + made) for made, _ in mine)
-    with tqdm(total=total, desc="audit", unit="move", disable=not progress, file=ProgressStream()) as bar:
+    with progress_bar(progress, total=total, desc="audit", unit="move") as bar:
         for made, b in mine:
             place = f"block {b} of the audit"
             x, conditioning = sample.batch(blocks[b])

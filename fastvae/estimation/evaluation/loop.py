@@ -114,7 +114,8 @@ def evaluate(
         shard: division of the work under torch.distributed: ``"data"`` (default), by batches; ``"samples"``,
             by each example's draws, for few examples and a large k; or ``"none"``: this process evaluates
             alone, and others need not call evaluate, unless parameters are sharded (FSDP): then all must.
-        progress: show a progress bar with the current NLL. Default True.
+        progress: show a progress bar with the current NLL if standard error is a terminal or in a notebook; a
+            log file or pipe gets none. Default True.
         generator: source of the noise. Default: torch's global random state.
         shared_noise: give all examples the same noise, and so also another model's evaluation with a
             generator in the same state. Differences of log p(x), between similar examples or between models,

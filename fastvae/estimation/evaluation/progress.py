@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from ...core.terminal import ProgressStream
+from ...core.terminal import progress_bar
 from .parts import Part
 
 
@@ -41,5 +41,5 @@ class Progress:
 @contextlib.contextmanager
 def progress_of(total: int | None, shown: bool) -> Iterator[Progress]:
     """Show the progress over a number of batches, None if it is unknown."""
-    with tqdm(total=total, desc="log p(x)", unit="batch", disable=not shown, file=ProgressStream()) as bar:
+    with progress_bar(shown, total=total, desc="log p(x)", unit="batch") as bar:
         yield Progress(bar)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from html import escape
 from typing import Any
 
 from ...core.terminal import printable
@@ -15,18 +16,36 @@ LEAST_FOR_KHAT = 21  # draws, for a tail of five
 BOUND_ONLY = 0.05
 
 
+# Headings of a section, with their texts; an empty heading continues the text before.
+_Lines = list[tuple[str, str]]
+
+
 def report(result: Any) -> str:
     """Return a summary of the result, in lines of a heading and a text."""
-    n = len(result.log_px)
-    sections = (_nll, _quoted, _estimates, _bits, _elbo, _ess, _khat, _latents, _audit, _not_finite)
-    lines = [f"log p(x) of {_examples(n)}, {_draws(result)}"]
-    lines += [f"  {heading:<14} {text}" for section in sections for heading, text in section(result)]
+    title, found = _summary(result)
+    lines = [title, *(f"  {heading:<14} {text}" for heading, text in found)]
     # Printing a summary must not fail if the output cannot encode ±.
     return printable("\n".join(lines), sys.stdout)
 
 
-# Headings of a section, with their texts.
-_Lines = list[tuple[str, str]]
+def report_html(result: Any) -> str:
+    """Return the same summary as an HTML table."""
+    title, found = _summary(result)
+    rows: _Lines = []
+    for heading, text in found:
+        if heading or not rows:
+            rows.append((escape(heading), escape(text)))
+        else:
+            rows[-1] = rows[-1][0], f"{rows[-1][1]}<br>{escape(text)}"
+    left = ' style="text-align: left"'
+    body = "".join(f"<tr><th{left}>{heading}</th><td{left}>{text}</td></tr>" for heading, text in rows)
+    return f"<table><caption{left}>{escape(title)}</caption><tbody>{body}</tbody></table>"
+
+
+def _summary(result: Any) -> tuple[str, _Lines]:
+    sections = (_nll, _quoted, _estimates, _bits, _elbo, _ess, _khat, _latents, _audit, _not_finite)
+    lines = [line for section in sections for line in section(result)]
+    return f"log p(x) of {_examples(len(result.log_px))}, {_draws(result)}", lines
 
 
 def _examples(n: int) -> str:

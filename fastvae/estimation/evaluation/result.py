@@ -7,12 +7,13 @@ import os
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.json_values import json_value
 from ..estimates import UNTRUSTED, in_quadrature, nll, nll_where_trusted, where_trusted
 from ..weights import ESTIMATES
 from .audit import Audit
@@ -20,7 +21,11 @@ from .checkpoint import write_arrays
 from .delta import Delta, delta, jackknife_stderr
 from .latents import latents_of
 from .parts import PER_EXAMPLE, Examples, Part, joined
-from .report import report
+from .report import report, report_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,7 +34,8 @@ class Evaluation(Examples):
 
     It has the fields of :class:`fastvae.LogMarginal`, the draws ``k`` and the ``elbo``, tensors [N] on the
     CPU in the order of the examples, in float64 except k; and the numbers of the data set below. ``print`` it
-    for a summary, :meth:`save` it to a file.
+    for a summary, :meth:`save` it to a file, :meth:`plot` it, or take it on with :meth:`to_pandas` and
+    :meth:`to_dict`. A notebook shows the summary as a table.
     """
 
     nll: float
@@ -139,6 +145,101 @@ class Evaluation(Examples):
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        return report_html(self)
+
+    def plot(self, axes: Any = None) -> Figure:
+        """Plot log p(x) of the examples with their intervals, and k̂ against log p(x), in two panels.
+
+        The first panel sorts the examples by log p(x), with the interval from ``low`` to ``high`` of each;
+        the second has the line k̂ = 0.7, above which an estimate is not to be trusted. Examples whose log p(x)
+        is NaN or infinite are counted in the title and left out.
+
+        Args:
+            axes: pair of matplotlib Axes to draw in, such as ``plt.subplots(1, 2)[1]``. Default: None, those
+                of a new figure, which a notebook shows and pyplot does not know.
+
+        Returns:
+            The matplotlib Figure, for ``savefig``.
+
+        Raises:
+            ImportError: without matplotlib, which the extra ``demo`` installs.
+            TypeError: if axes is not a pair of Axes.
+
+        Example:
+            >>> import torch, fastvae
+            >>> vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), likelihood="bernoulli")
+            >>> result = vae.evaluate(torch.rand(16, 8), k=50, progress=False)
+            >>> [axes.get_ylabel() for axes in result.plot().axes]
+            ['nats', 'Pareto k-hat']
+        """
+        try:
+            from .picture import plot
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise ImportError(
+                "Evaluation.plot needs matplotlib, which cannot be imported: pip install 'fastvae[demo]'",
+                name="matplotlib",
+            ) from None
+        return plot(self, axes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as Python numbers, strings, lists and dicts, for ``json.dumps``.
+
+        The keys are the names of the fields and of the numbers derived from them (``nll_jackknife``,
+        ``nll_interval``, ``ess_quantiles``, ``untrusted``); ``left_out`` stays in the file of :meth:`save`.
+        A NaN, which means unknown, becomes None, and ±∞ the strings ``"Infinity"`` and ``"-Infinity"``, which
+        ``float`` reads, so that strict JSON can represent every value.
+
+        Returns:
+            A dict: numbers of the data set; lists [N] for fields of the examples, in nats for log p(x) and
+            its errors; ``curve`` as lists [draws, nll, stderr]; ``audit`` as a dict of lists, or None.
+
+        Example:
+            >>> import json, torch, fastvae
+            >>> vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), likelihood="bernoulli")
+            >>> result = vae.evaluate(torch.rand(16, 8), k=50, progress=False)
+            >>> again = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+            >>> again["nll"] == result.nll, len(again["log_px"])
+            (True, 16)
+        """
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("left_out", "audit")}
+        found |= {name: getattr(self, name) for name in _DERIVED}
+        if self.audit is not None:
+            found["audit"] = {f.name: getattr(self.audit, f.name) for f in fields(self.audit)}
+        return {**json_value(found), "audit": json_value(found.get("audit"))}
+
+    def to_pandas(self) -> DataFrame:
+        """Return the fields of the examples as a pandas DataFrame with a row for each, in their order.
+
+        Returns:
+            A DataFrame [N] whose index is named ``example`` and whose columns are the fields of
+            :class:`fastvae.LogMarginal`, ``k`` and ``elbo``; log p(x) and its errors are in nats.
+
+        Raises:
+            ImportError: without pandas.
+
+        Example:
+            >>> import torch, fastvae
+            >>> vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), likelihood="bernoulli")
+            >>> result = vae.evaluate(torch.rand(16, 8), k=50, progress=False)
+            >>> result.to_pandas()["log_px"].shape
+            (16,)
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            if error.name != "pandas":
+                raise
+            raise ImportError(
+                "Evaluation.to_pandas needs pandas, which cannot be imported: pip install pandas; "
+                "Evaluation.to_dict needs no package",
+                name="pandas",
+            ) from None
+        columns = {name: getattr(self, name).numpy() for name in PER_EXAMPLE}
+        return pandas.DataFrame(columns, index=pandas.RangeIndex(len(self.log_px), name="example"))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every field except None to an .npz file, for :meth:`load` and ``numpy.load``.
 
@@ -179,6 +280,10 @@ class Evaluation(Examples):
                 f"{error})"
             ) from None
         return cls(**values)
+
+
+# Properties that :meth:`Evaluation.to_dict` returns.
+_DERIVED = ("nll_jackknife", "nll_interval", "ess_quantiles", "untrusted")
 
 
 def _fields_of(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
