@@ -294,8 +294,11 @@ def distributions(tmp_path_factory):
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
     for name in ("fastvae", "kernels", "csrc"):
         shutil.copytree(ROOT / name, clone / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / name, clone)
+    for path in (ROOT / "tools" / "smoke.py", ROOT / "tests" / "test_package.py"):
+        (clone / path.parent.name).mkdir()
+        shutil.copy(path, clone / path.parent.name)
     code = (
         f"import setuptools.build_meta as b; b.build_wheel({str(folder)!r}); b.build_sdist({str(folder)!r})"
     )
@@ -351,6 +354,26 @@ def test_metadata_and_contents(distributions):
     sources = {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
     assert inside >= {"setup.py", "pyproject.toml", "LICENSE", "kernels/normal_diagonal.py", *sources}
     assert "fastvae/ops/_declared.pyi" in inside
+    assert "tools/smoke.py" in inside and not any(name.startswith("tests") for name in inside)
+    assert f"\nVersion: {fastvae.__version__}\n" in text
+
+
+def test_the_index_shows_the_readme_with_links_that_work(distributions):
+    """Relative links lead nowhere outside the repository: they point to the version's tag."""
+    with zipfile.ZipFile(next(distributions.glob("*.whl"))) as wheel:
+        text = wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+    description = text.partition("\n\n")[2]
+    tag = f"https://github.com/fastvae/fastvae/{{}}/v{fastvae.__version__}/".format
+    assert f"]({tag('raw')}docs/front.png)" in description
+    assert f"]({tag('blob')}docs/likelihoods.md#what-a-decoder-may-return)" in description
+    files = [p for p in re.findall(r"\]\(([^)\s]+)\)", description) if not p.startswith(("https://", "#"))]
+    assert not [p for p in files if (ROOT / p.partition("#")[0]).exists()]
+
+
+def test_the_version_is_stated_once():
+    """Every other file that a release is made of reads it."""
+    files = [ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "CITATION.cff"]
+    assert not [p for p in files if re.search(rf"\b{re.escape(fastvae.__version__)}\b", p.read_text())]
 
 
 def test_setuptools_of_before_2025_reads_pyproject():
