@@ -373,7 +373,7 @@ def test_the_index_shows_the_readme_with_links_that_work(distributions):
 def test_the_version_is_stated_once():
     """Every other file that a release is made of reads it."""
     files = [ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "CITATION.cff"]
-    assert not [p for p in files if re.search(rf"\b{re.escape(fastvae.__version__)}\b", p.read_text())]
+    assert not [p for p in files if re.search(r"""^\s*version\s*[:=]\s*["'\d]""", p.read_text(), re.M)]
 
 
 def test_setuptools_of_before_2025_reads_pyproject():
@@ -381,7 +381,7 @@ def test_setuptools_of_before_2025_reads_pyproject():
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^requires = \["setuptools>=68"', text, re.M)
     assert not re.search(r"^license(-files)? *=", text, re.M)
-    assert re.search(r'^dynamic = \["license"\]', text, re.M)
+    assert re.search(r'^dynamic = \[.*"license".*\]', text, re.M)
 
 
 @pytest.fixture
