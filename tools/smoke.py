@@ -592,7 +592,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("smoke: this is the checkout; expected an installed wheel: `pip install fastvae-*.whl`")
     if options.expect not in (None, kind):
         sys.exit(f"smoke: this is the {kind} build; expected the {options.expect} one")
-    # A warning of fastvae's code is a failure, but for the one that is announced once; torch may warn of itself.
+    # A warning of fastvae's is a failure, but for the announcement; torch may warn of itself.
     warnings.filterwarnings("error", module=r"fastvae(\.|$)")
     warnings.filterwarnings("error", "fastvae")
     warnings.filterwarnings("ignore", "fastvae: this is the pure-Python build")
