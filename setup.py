@@ -6,6 +6,7 @@ environment it is left out.
 
 import glob
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -74,7 +75,28 @@ def extensions():
     ]
 
 
+def read(name):
+    with open(name, encoding="utf-8") as file:
+        return file.read()
+
+
+def description(version):
+    """Return the README with the repository's files linked at the version's tag, for readers elsewhere."""
+    at = f"https://github.com/fastvae/fastvae/{{}}/v{version}/".format
+
+    def absolute(link):
+        return f"]({at('raw' if link[1].endswith('.png') else 'blob')}{link[1]})"
+
+    return re.sub(r"\]\(([\w./-]+\.(?:md|png|csv)(?:#[\w-]*)?)\)", absolute, read("README.md"))
+
+
+# Stated there alone: an import needs no installed metadata, and names the code that runs.
+VERSION = re.search(r'^__version__ = "(.+)"$', read("fastvae/__init__.py"), re.M)[1]
+
 setup(
+    version=VERSION,
+    long_description=description(VERSION),
+    long_description_content_type="text/markdown",
     # Not in pyproject.toml: no form of the field there is valid both before and after setuptools 77.
     license="MIT",
     packages=[

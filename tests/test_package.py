@@ -172,7 +172,32 @@ from fastvae import ops
 from fastvae.cli import info
 metadata.distributions = real
 """
+SAID_ONCE = """
+import warnings
+mu, seed, decoder = torch.randn(6, 3), torch.tensor(5), torch.nn.Linear(3, 4)
+
+def caught(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return caught
+
+def first():
+    return fastvae.elbo(torch.rand(6, 4), (mu, mu), decoder, likelihood="bernoulli")
+
+if sys.argv[2] == "compiled":
+    first = torch.compile(first, backend="eager", fullgraph=True)
+with fastvae.use_backend("reference"):  # a choice, and no surprise
+    assert not caught(lambda: ops.rsample_kl(mu, mu, seed=seed))
+(warning,) = caught(first)
+assert warning.category is RuntimeWarning
+assert sys.argv[2] == "compiled" or warning.filename == "<string>", warning.filename
+assert not caught(first) and not caught(lambda: ops.rsample_kl(mu, mu, seed=seed))
+print(warning.message)
+"""
 LEFT_OUT = """
+import warnings
+warnings.filterwarnings("ignore", "fastvae: this is the pure-Python build")
 mu, logvar = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
 x, logits, seed = torch.rand(6, 11), torch.randn(4, 6, 11, requires_grad=True), torch.tensor(5)
 
@@ -208,8 +233,8 @@ info.run()
 """
 
 
-def _without_extension(code: str, why: str) -> str:
-    command = [sys.executable, "-W", "error", "-c", WITHOUT_EXTENSION + code, why]
+def _without_extension(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_EXTENSION + code, *arguments]
     done = subprocess.run(command, env={**os.environ, "FASTVAE_BACKEND": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -218,8 +243,16 @@ def _without_extension(code: str, why: str) -> str:
 @pytest.mark.skipif(CUDA, reason="native is Triton there")
 def test_an_extension_left_out_on_purpose_is_replaced_by_the_reference():
     printed = _without_extension(LEFT_OUT, "on purpose")
-    assert re.search(r"C\+\+ instructions +none: .*left out on purpose, by FASTVAE_NO_EXTENSION=1", printed)
+    assert re.search(r"C\+\+ instructions +none: .*pure-Python build.*FASTVAE_NO_EXTENSION=1", printed)
     assert re.search(r"rsample_kl +PyTorch ", printed)
+
+
+@pytest.mark.skipif(CUDA, reason="native is Triton there")
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_plain_pytorch_in_place_of_the_extension_is_announced_once(way):
+    """The first use on CPU tensors warns at the user's line, not the import and no later use."""
+    said = _without_extension(SAID_ONCE, "on purpose", way)
+    assert re.search(r"plain PyTorch computes on CPU tensors.*slower.*binary wheel.*from source", said), said
 
 
 @pytest.mark.skipif(CUDA, reason="native is Triton there")
@@ -261,8 +294,11 @@ def distributions(tmp_path_factory):
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
     for name in ("fastvae", "kernels", "csrc"):
         shutil.copytree(ROOT / name, clone / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / name, clone)
+    for path in (ROOT / "tools" / "smoke.py", ROOT / "tests" / "test_package.py"):
+        (clone / path.parent.name).mkdir()
+        shutil.copy(path, clone / path.parent.name)
     code = (
         f"import setuptools.build_meta as b; b.build_wheel({str(folder)!r}); b.build_sdist({str(folder)!r})"
     )
@@ -289,7 +325,10 @@ def test_installed_without_a_compiler(distributions, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"<string>:\d+: RuntimeWarning: fastvae: this is the pure-Python build.*\n", done.stderr
+    )
     assert f"from {tmp_path / 'site'}" in done.stdout
     assert re.search(r"none: .*FASTVAE_NO_EXTENSION=1", done.stdout), done.stdout
 
@@ -315,6 +354,26 @@ def test_metadata_and_contents(distributions):
     sources = {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
     assert inside >= {"setup.py", "pyproject.toml", "LICENSE", "kernels/normal_diagonal.py", *sources}
     assert "fastvae/ops/_declared.pyi" in inside
+    assert "tools/smoke.py" in inside and not any(name.startswith("tests") for name in inside)
+    assert f"\nVersion: {fastvae.__version__}\n" in text
+
+
+def test_the_index_shows_the_readme_with_links_that_work(distributions):
+    """Relative links lead nowhere outside the repository: they point to the version's tag."""
+    with zipfile.ZipFile(next(distributions.glob("*.whl"))) as wheel:
+        text = wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+    description = text.partition("\n\n")[2]
+    tag = f"https://github.com/fastvae/fastvae/{{}}/v{fastvae.__version__}/".format
+    assert f"]({tag('raw')}docs/front.png)" in description
+    assert f"]({tag('blob')}docs/likelihoods.md#what-a-decoder-may-return)" in description
+    files = [p for p in re.findall(r"\]\(([^)\s]+)\)", description) if not p.startswith(("https://", "#"))]
+    assert not [p for p in files if (ROOT / p.partition("#")[0]).exists()]
+
+
+def test_the_version_is_stated_once():
+    """Every other file that a release is made of reads it."""
+    files = [ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "CITATION.cff"]
+    assert not [p for p in files if re.search(r"""^\s*version\s*[:=]\s*["'\d]""", p.read_text(), re.M)]
 
 
 def test_setuptools_of_before_2025_reads_pyproject():
@@ -322,7 +381,7 @@ def test_setuptools_of_before_2025_reads_pyproject():
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^requires = \["setuptools>=68"', text, re.M)
     assert not re.search(r"^license(-files)? *=", text, re.M)
-    assert re.search(r'^dynamic = \["license"\]', text, re.M)
+    assert re.search(r'^dynamic = \[.*"license".*\]', text, re.M)
 
 
 @pytest.fixture

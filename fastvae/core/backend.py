@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -30,8 +31,14 @@ def _left_out() -> bool:
     return "Root-Is-Purelib: true" in next(filter(None, wheels), "")
 
 
-# True if fastvae was installed with FASTVAE_NO_EXTENSION=1, deliberately without its C++ extension.
+# True for the pure-Python wheel, built with FASTVAE_NO_EXTENSION=1, deliberately without the C++ extension.
 LEFT_OUT = _left_out()
+
+_FASTER = (
+    "For the C++ kernels, install a binary wheel (Linux on x86_64 or aarch64, macOS on arm64), or build from "
+    "source with GCC or clang: `pip install --force-reinstall --no-deps --no-binary fastvae fastvae`, with "
+    "FASTVAE_NO_EXTENSION unset."
+)
 
 # Local to a thread or task. A backward pass may run in an autograd thread, so ops pass it the backend of the
 # forward pass.
@@ -117,7 +124,33 @@ def layer(backend: str, op_module: str) -> ModuleType:
 def on_cpu() -> str:
     """Return the backend for CPU tensors; "native" becomes "reference" without the C++ extension."""
     name = _choice.get() or _default()
-    return "reference" if LEFT_OUT and name == "native" else name
+    if not LEFT_OUT or name != "native":
+        return name
+    # Compiled code says it when it runs.
+    if not torch.compiler.is_compiling():
+        _warn_of_plain_pytorch()
+    return "reference"
+
+
+@functools.cache  # once a process
+def _warn_of_plain_pytorch() -> None:
+    warnings.warn(
+        "fastvae: this is the pure-Python build, without the C++ extension, so plain PyTorch computes on CPU "
+        f"tensors: correct, but slower. {_FASTER} FASTVAE_BACKEND=reference chooses plain PyTorch without "
+        "this warning.",
+        RuntimeWarning,
+        stacklevel=_users_frame(),
+    )
+
+
+def _users_frame() -> int:
+    """Return the ``stacklevel``, for the caller, of the innermost frame outside fastvae and torch."""
+    folders = os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__)
+    inside = tuple(folder + os.sep for folder in folders)
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def on_gpu(device: torch.device) -> str:
@@ -160,8 +193,8 @@ def extension() -> ModuleType:
     """Import the C++ extension, after torch, whose OpenMP runtime it shares."""
     if LEFT_OUT:
         raise RuntimeError(
-            "fastvae: the C++ extension was left out on purpose, by FASTVAE_NO_EXTENSION=1; to have it, "
-            "install fastvae again without that variable."
+            "fastvae: this is the pure-Python build (the py3-none-any wheel, or FASTVAE_NO_EXTENSION=1), "
+            f"without the C++ extension. {_FASTER}"
         )
     try:
         return importlib.import_module("fastvae._C")
