@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
 import pytest
+
+import fastvae
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/index.md", *(f"docs/start/{p}.md" for p in ("quickstart", "faq"))]
@@ -34,3 +37,12 @@ def test_the_readme_is_short():
     if not file.exists():
         pytest.skip("tests without the repository around them")
     assert len(file.read_text("utf-8").split()) <= 900
+
+
+@pytest.mark.parametrize("name", fastvae.ops.__all__)
+def test_every_op_has_an_example_that_runs(name):
+    """The likelihoods' functions are defined at run time, where doctest does not look for them."""
+    op = getattr(fastvae.ops, name)
+    (example,) = doctest.DocTestFinder(recurse=False).find(op, name, globs={})
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0

@@ -41,6 +41,13 @@ def bernoulli_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 0.5)
+        >>> outputs = torch.zeros(1, 3, 4, 7)  # logits
+        >>> fastvae.ops.bernoulli_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def beta_log_prob(
@@ -68,6 +75,13 @@ def beta_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 0.5)
+        >>> outputs = torch.zeros(2, 3, 4, 7)  # log_concentration1, log_concentration0
+        >>> fastvae.ops.beta_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def continuous_bernoulli_log_prob(
@@ -93,6 +107,13 @@ def continuous_bernoulli_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 0.5)
+        >>> outputs = torch.zeros(1, 3, 4, 7)  # logits
+        >>> fastvae.ops.continuous_bernoulli_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def discretized_logistic_log_prob(
@@ -122,6 +143,13 @@ def discretized_logistic_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 0.5)
+        >>> outputs = torch.zeros(3, 3, 4, 7)  # mean, log_scale, log_bin_width
+        >>> fastvae.ops.discretized_logistic_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def gaussian_log_prob(
@@ -149,6 +177,13 @@ def gaussian_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 1.0)
+        >>> outputs = torch.zeros(2, 3, 4, 7)  # mean, logvar
+        >>> fastvae.ops.gaussian_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def laplace_log_prob(
@@ -176,6 +211,13 @@ def laplace_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 1.0)
+        >>> outputs = torch.zeros(2, 3, 4, 7)  # location, log_scale
+        >>> fastvae.ops.laplace_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def log_normal_log_prob(
@@ -203,6 +245,13 @@ def log_normal_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 1.0)
+        >>> outputs = torch.zeros(2, 3, 4, 7)  # location, log_scale
+        >>> fastvae.ops.log_normal_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def logistic_log_prob(
@@ -230,6 +279,13 @@ def logistic_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 1.0)
+        >>> outputs = torch.zeros(2, 3, 4, 7)  # location, log_scale
+        >>> fastvae.ops.logistic_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def negative_binomial_log_prob(
@@ -257,6 +313,13 @@ def negative_binomial_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 1.0)
+        >>> outputs = torch.zeros(2, 3, 4, 7)  # log_mean, log_inverse_dispersion
+        >>> fastvae.ops.negative_binomial_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def poisson_log_prob(
@@ -282,6 +345,13 @@ def poisson_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 1.0)
+        >>> outputs = torch.zeros(1, 3, 4, 7)  # log_rate
+        >>> fastvae.ops.poisson_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def softplus_gaussian_log_prob(
@@ -311,6 +381,13 @@ def softplus_gaussian_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 1.0)
+        >>> outputs = torch.zeros(3, 3, 4, 7)  # mean, raw, log_floor
+        >>> fastvae.ops.softplus_gaussian_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def student_t_log_prob(
@@ -340,6 +417,13 @@ def student_t_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 1.0)
+        >>> outputs = torch.zeros(3, 3, 4, 7)  # location, log_scale, log_df
+        >>> fastvae.ops.student_t_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """
 
 def zero_inflated_negative_binomial_log_prob(
@@ -369,4 +453,11 @@ def zero_inflated_negative_binomial_log_prob(
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), 1.0)
+        >>> outputs = torch.zeros(3, 3, 4, 7)  # log_mean, log_inverse_dispersion, dropout_logit
+        >>> fastvae.ops.zero_inflated_negative_binomial_log_prob(x, *outputs).shape
+        torch.Size([3, 4])
     """

@@ -153,6 +153,13 @@ def discretized_logistic_mixture_log_prob(
 
     Raises:
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.zeros(4, 3, 5)  # three channels of five positions; six components
+        >>> logits, (location, log_scale) = torch.zeros(2, 4, 6, 5), torch.zeros(2, 2, 4, 6, 3, 5)
+        >>> fastvae.ops.discretized_logistic_mixture_log_prob(x, logits, location, log_scale).shape
+        torch.Size([2, 4])
     """
     x = check_data(x, Classes)
     lead = logits.dim() - x.dim()

@@ -337,6 +337,10 @@ def declare(likelihood: Declaration) -> Callable[..., Tensor]:
         owner=getattr(likelihood, "__name__", likelihood.name),
         first=first,
         others="".join(_OF_OTHERS.format(name=n, first=first) for n in others),
+        op=op.name,
+        outputs=", ".join(likelihood.outputs),
+        zeros=len(likelihood.outputs),
+        value=(likelihood.low + likelihood.high) / 2 if likelihood.high < math.inf else 1.0,
     )
     PUBLIC[likelihood.name] = log_prob
     return log_prob
@@ -370,6 +374,13 @@ _DOCUMENTATION = """Compute log p(x|z) of a {name} likelihood, summed over the e
         TypeError, ValueError: for shapes or dtypes that do not fit, or several devices.
         ValueError: if x is out of range: always on a CPU; on a GPU, where the check costs a
             synchronisation, only if the environment variable FASTVAE_CHECK is 1.
+
+    Example:
+        >>> import torch, fastvae
+        >>> x = torch.full((4, 7), {value})
+        >>> outputs = torch.zeros({zeros}, 3, 4, 7)  # {outputs}
+        >>> fastvae.ops.{op}(x, *outputs).shape
+        torch.Size([3, 4])
     """
 _OF_OTHERS = """
         {name}: broadcastable to {first}: its shape, one row [*event], or one number."""
