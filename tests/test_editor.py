@@ -21,8 +21,8 @@ _ENVIRONMENT = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
 
 
 def _program(name: str) -> str:
-    beside = Path(sys.executable).parent
-    found = shutil.which(name, path=os.pathsep.join([str(beside), os.environ.get("PATH", "")]))
+    folder = Path(sys.executable).parent
+    found = shutil.which(name, path=os.pathsep.join([str(folder), os.environ.get("PATH", "")]))
     if found is None:
         pytest.skip(f"{name} is not installed: pip install 'fastvae[test]'")
     return found

@@ -32,7 +32,7 @@ def _train(prior="standard", **options):
 
 
 def _notebook(stream):
-    """Give a stream the class of a notebook's, which is no terminal."""
+    """Give a stream the class of a notebook's, which is not a terminal."""
     stream.__class__ = type("OutStream", (type(stream),), {"__module__": "ipykernel.iostream"})
 
 
