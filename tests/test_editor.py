@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,10 @@ class _Server:
         self._process = subprocess.Popen(
             command, cwd=folder, env=_ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+        # A server that neither answers nor exits must not stop the tests.
+        self._watchdog = threading.Timer(300, self._process.kill)
+        self._watchdog.daemon = True
+        self._watchdog.start()
         self._requests, self._folder = 0, folder
         plain = {
             "hover": {"contentFormat": ["plaintext"]},
@@ -103,6 +108,7 @@ class _Server:
         self.ask("shutdown", None)
         self._send({"method": "exit"})
         self._process.communicate(timeout=60)
+        self._watchdog.cancel()
 
     def open(self, source: str) -> str:
         """Open a file with this source, and return its address."""
