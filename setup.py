@@ -87,7 +87,7 @@ def description(version):
     def absolute(link):
         return f"]({at('raw' if link[1].endswith('.png') else 'blob')}{link[1]})"
 
-    return re.sub(r"\]\(([\w./-]+\.(?:md|png|csv)(?:#[\w-]*)?)\)", absolute, read("README.md"))
+    return re.sub(r"\]\(([\w./-]+\.(?:md|png|csv|cff)(?:#[\w-]*)?)\)", absolute, read("README.md"))
 
 
 # Stated there alone: an import needs no installed metadata, and names the code that runs.

@@ -364,8 +364,8 @@ def test_the_index_shows_the_readme_with_links_that_work(distributions):
         text = wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))).decode()
     description = text.partition("\n\n")[2]
     tag = f"https://github.com/fastvae/fastvae/{{}}/v{fastvae.__version__}/".format
-    assert f"]({tag('raw')}docs/front.png)" in description
-    assert f"]({tag('blob')}docs/likelihoods.md#what-a-decoder-may-return)" in description
+    assert f"]({tag('raw')}docs/proposals.png)" in description
+    assert f"]({tag('blob')}CONTRIBUTING.md)" in description
     files = [p for p in re.findall(r"\]\(([^)\s]+)\)", description) if not p.startswith(("https://", "#"))]
     assert not [p for p in files if (ROOT / p.partition("#")[0]).exists()]
 
