@@ -57,7 +57,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"fastvae\.(core|inputs|estimation|objectives|vae|integrations|reference|kernels|cli)(\..*)?"),
     (r"py:.*", r"(.*\.)?_.*"),
     (r"py:mod", r"fastvae\.(ops|distributions)\.\w+"),
-    (r"py:class", r"(Data|Decoder|Marginal|BetaTCTerms|\w+Arguments|\w+Options)"),
+    (r"py:class", r"(Figure|DataFrame|Data|Decoder|Marginal|BetaTCTerms|\w+Arguments|\w+Options)"),
     (r"py:class", r"fastvae\.(ops|distributions|likelihoods)\.\w+\..*"),
 ]
 
