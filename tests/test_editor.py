@@ -1,4 +1,4 @@
-"""What an editor shows of fastvae: the answers of pyright's language server, and its strict type checker."""
+"""Answers of pyright's language server, as an editor shows them, and pyright's strict type checker."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _ENVIRONMENT = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
 def _program(name: str) -> str:
     folder = Path(sys.executable).parent
     found = shutil.which(name, path=os.pathsep.join([str(folder), os.environ.get("PATH", "")]))
-    if found is None:
-        pytest.skip(f"{name} is not installed: pip install 'fastvae[test]'")
+    assert found is not None, f"{name} is not installed: pip install 'fastvae[test]'"
     return found
 
 

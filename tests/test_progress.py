@@ -88,7 +88,7 @@ def test_who_reads_a_stream():
 
 
 def test_without_standard_error(monkeypatch):
-    """As under pythonw and in some services, where sys.stderr is None."""
+    """A bar works where sys.stderr is None, as under pythonw and in some services."""
     monkeypatch.setattr(sys, "stderr", None)
     with progress_bar(True, total=3) as bar:
         bar.update()

@@ -447,7 +447,7 @@ def _counts(batch, latent):
 
 
 def test_intervals_hold_and_p_hat_is_unbiased():
-    """Of a thousand examples, 95 % intervals contain 93 to 97 %, and p̂ is p on average."""
+    """Intervals of 95 % contain log p(x) of 93 to 97 % of a thousand examples, and p̂ is p on average."""
     n = 1000
     x, q, decoder, exact, _ = _counts(n, 10)
     found = fastvae.log_marginal(
@@ -500,7 +500,7 @@ def test_diagonal_covariance():
 
 
 def test_inference_gaps():
-    """Of a linear model whose encoder is exact in mean and variance the correlations are what is missing."""
+    """A linear model's encoder with the exact mean and conditional variances lacks the correlations alone."""
     model = Linear()
     x = _randn(200, X, seed=3)
     precision = model.w.T @ model.w / model.scale**2 + torch.eye(D, device=DEVICE)
@@ -578,3 +578,24 @@ def test_frozen_last_layers():
     ]
     torch.testing.assert_close(*found, rtol=0, atol=1e-3)
     assert last.weight.grad is None and last.weight.requires_grad
+
+
+def test_what_a_hook_stores_is_usable():
+    """Hooks and functions see ordinary tensors, and change nothing."""
+    x, q = _randn(B, X, seed=3).gt(0).float(), torch.full((2, B, D), 0.3, device=DEVICE).unbind()
+    stored: list[torch.Tensor] = []
+    plain, hooked = Wavy(), Wavy()
+    hooked.first.register_forward_hook(lambda module, args, output: stored.append(output))
+
+    def function(z):
+        stored.append(plain.first(z))
+        return plain(z)
+
+    options = {"k": K, "likelihood": "bernoulli", "proposal": "refined"}
+    expected = fastvae.log_marginal(x, q, plain, generator=_generator(), **options).log_px
+    for decoder in (hooked, function):
+        found = fastvae.log_marginal(x, q, decoder, generator=_generator(), **options).log_px
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+        assert len(stored) > 10
+        assert all(t.untyped_storage().nbytes() for t in stored)  # raises for a wrapper
+        stored.clear()

@@ -238,7 +238,7 @@ def test_docstrings_of_a_vae_name_its_options(name):
 
 
 def test_a_vae_takes_no_keyword_that_it_passes():
-    """What the types leave out fails at run time, too."""
+    """Calls that the types reject fail at run time, too."""
     vae = fastvae.VAE(torch.nn.Linear(8, 4), torch.nn.Linear(2, 8), latent_dim=2)
     first = {"bdmc": (), "sleep": (3,)}
     for name, passed in PASSED.items():

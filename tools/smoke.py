@@ -309,7 +309,7 @@ def log_marginal_of_a_linear_gaussian_model_is_exact() -> None:
 
 @check
 def beta_tc() -> None:
-    """With every weight 1 the decomposition is the ELBO."""
+    """Check that with every weight 1 the decomposition is the ELBO."""
     model = Model()
     call = (model.x, (model.mu, model.logvar), model.decoder)
     terms = fastvae.beta_tc(*call, alpha=1.0, beta=1.0, gamma=1.0, terms=True, **model.options())

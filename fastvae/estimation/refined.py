@@ -26,7 +26,7 @@ g is 0 where the posterior is normal, so that these means have far less noise th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ from torch.autograd import forward_ad
 from .. import random
 from ..core.checks import later_row
 from ..core.nested import Conditioning, all_tensors, event_size
+from ..core.torch_private import has_hooks
 from ..distributions import (
     Distribution,
     FullNormal,
@@ -50,6 +51,7 @@ from ..distributions.base import is_family
 from ..distributions.stratified import derived_seed
 from ..distributions.words import known_mean
 from ..inputs.batch import Inputs
+from ..inputs.modules import modules_of
 from ..likelihoods.base import Likelihood
 from ..likelihoods.categorical import Categorical
 from ..likelihoods.declared import Declared
@@ -400,6 +402,8 @@ def _pushed(inputs: Inputs, z: Tensor, tangents: Tensor) -> tuple[Any, Any]:
     def derivative(tangent: Tensor) -> Any:
         return torch.func.jvp(lambda at: output(at, 1), (z,), (tangent,))
 
+    if not _is_unobserved(inputs.decoder):
+        return _pushed_by_copies(output, z, tangents)
     try:
         # One pass of the decoder for all directions.
         out: Any = (None, 0)
@@ -408,9 +412,23 @@ def _pushed(inputs: Inputs, z: Tensor, tangents: Tensor) -> tuple[Any, Any]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, ValueError):
-        n = len(tangents)
-        with forward_ad.dual_level():
-            return _unpacked(output(forward_ad.make_dual(z.repeat(n, 1), tangents.flatten(0, 1)), n), n)
+        return _pushed_by_copies(output, z, tangents)
+
+
+def _pushed_by_copies(output: Callable[[Tensor, int], Any], z: Tensor, tangents: Tensor) -> tuple[Any, Any]:
+    """Return the same from one pass of a copy of z for each direction."""
+    n = len(tangents)
+    with forward_ad.dual_level():
+        return _unpacked(output(forward_ad.make_dual(z.repeat(n, 1), tangents.flatten(0, 1)), n), n)
+
+
+def _is_unobserved(decoder: Any) -> bool:
+    """Return True for modules without hooks.
+
+    A tensor that a hook or a user's function stores under vmap has no storage that could be copied or saved.
+    """
+    owners = modules_of(decoder)
+    return bool(owners) and not any(has_hooks(module) for owner in owners for module in owner.modules())
 
 
 def _unpacked(output: Any, copies: int) -> tuple[Any, Any]:
