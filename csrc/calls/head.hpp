@@ -59,10 +59,10 @@ struct HeadArguments {
     if (fits) lay_out();
   }
   void expect_outputs(const Contract& contract, int likelihood) const {
-    if (products + constants != kParameterCounts[likelihood])
+    if (products + constants != base::parameter_count(likelihood))
       contract.refuse("weight", weight,
                       std::string("as many layers and constants as ") + kLikelihoods[likelihood] +
-                          " has outputs, " + std::to_string(kParameterCounts[likelihood]));
+                          " has outputs, " + std::to_string(base::parameter_count(likelihood)));
   }
   i64 samples() const { return h.n0 / x.n0; }
   const GivenOf<Caller>& differentiable(int i) const {
