@@ -216,6 +216,10 @@ struct Draw {
   double floor;
 };
 
+// Size of a digital net, of which quasi-Monte-Carlo words are made. fastvae/random.py has the definition.
+constexpr i64 kNetColumns = 128;
+constexpr int kNetBits = 30;
+
 // Settings of a draw without a clamp.
 struct Place {
   i64 samples, sample_offset, row_offset;

@@ -75,10 +75,10 @@ struct HeadArguments {
     if (fits) lay_out();
   }
   void expect_outputs(const Contract& contract, int likelihood) const {
-    if (products + constants != kParameterCounts[likelihood])
+    if (products + constants != base::parameter_count(likelihood))
       contract.refuse("weight", weight,
                       std::string("as many layers and constants as ") + kLikelihoods[likelihood] +
-                          " has outputs, " + std::to_string(kParameterCounts[likelihood]));
+                          " has outputs, " + std::to_string(base::parameter_count(likelihood)));
   }
   // @param text of each hidden layer its activation, such as "tanh elu:1.0".
   void activate(const char* text) {
