@@ -1,11 +1,6 @@
 // Activations of hidden layers and their derivatives, over a block of rows.
 
-#if defined(FASTVAE_ACTIVATIONS_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_ACTIVATIONS_HPP
-#undef FASTVAE_ACTIVATIONS_HPP
-#else
-#define FASTVAE_ACTIVATIONS_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 #include "elementary.hpp"
@@ -154,5 +149,3 @@ FASTVAE_LOOP void activate_backward(const Activation& a, i64 n, const C* __restr
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

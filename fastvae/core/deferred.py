@@ -117,16 +117,17 @@ def check_unchanged(layer: LastLayer) -> None:
         RuntimeError: if one was changed in place, or its storage was freed.
     """
     fix = "let the decoder call the layer itself instead of fastvae.FusedHead"
+    of = "of the decoder's last layers" if layer.hidden else "of the decoder's last layer"
     for t, version in zip(layer.tensors, layer.versions, strict=True):
         name = "input" if t is layer.input else "weight or bias"
         if _version(t) > version:
             raise RuntimeError(
-                f"the {name} {shape_of(t)} of the decoder's last layer was changed in place after the layer "
+                f"the {name} {shape_of(t)} {of} was changed in place after the layer "
                 f"was called, so its output cannot be computed any more; change it out of place, or {fix}"
             )
         if not is_allocated(t):
             raise RuntimeError(
-                f"the {name} {shape_of(t)} of the decoder's last layer was freed after the call, as sharding "
+                f"the {name} {shape_of(t)} {of} was freed after the call, as sharding "
                 f"does; shard the module that holds the decoder and calls the objective, or {fix}"
             )
 
