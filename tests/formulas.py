@@ -376,9 +376,9 @@ def linear_backward(grad: Rounded, h: Tensor | Rounded, weight: Tensor) -> list[
 
 def _step(a: Rounded, below: float) -> Rounded:
     """Compute 1 above 0, else ``below``; either for an argument that its error may carry across 0."""
-    value = torch.where(a.value > 0, 1.0, below)
+    value = torch.where(a.value > 0, 1.0, torch.full_like(a.value, below))
     unsure = (a.value.abs() <= a.error) & (a.error > 0)
-    return Rounded(value, torch.where(unsure, abs(1 - below), a.u * abs(below)), a.u)
+    return Rounded(value, torch.where(unsure, torch.full_like(value, abs(1 - below)), a.u * abs(below)), a.u)
 
 
 def _leaky(a: Rounded, slope: float) -> tuple[Rounded, Rounded]:
