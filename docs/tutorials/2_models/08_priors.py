@@ -87,8 +87,8 @@ for name in ("mixture", "VampPrior"):
 # %%
 # In grey the density of each prior, in blue the means of q(z|x) of the test images, below samples. The
 # learned priors follow the data, down to its holes, and the aggregate posterior is nearer to them. log p(x)
-# does not gain from it here: with two latents a decoder adapts to N(0, I) as well, and the VampPrior is hard to
-# train. With eight latents a mixture gains a little; :doc:`/latents` has the numbers for all priors.
+# does not gain from it here: with two latents a decoder adapts to N(0, I) as well, and the VampPrior is hard
+# to train. With eight latents a mixture gains a little; :doc:`/latents` has the numbers for all priors.
 
 figure, axes = pyplot.subplots(2, 3, figsize=(9.5, 5.2), height_ratios=(2.6, 1), layout="constrained")
 for (above, below), (name, vae) in zip(axes.T, models.items(), strict=True):

@@ -2,8 +2,8 @@
 Labels: conditional and semi-supervised models
 ==============================================
 
-A label may condition encoder and decoder, which then leave to z what the label does not say. Where most labels
-are missing, the bound is summed over the classes, and a classifier learns from images without a label.
+A label may condition encoder and decoder, which then leave to z what the label does not say. Where most
+labels are missing, the bound is summed over the classes, and a classifier learns from images without a label.
 """
 
 import torch
@@ -112,7 +112,9 @@ counts, accuracy = (20, 50, 200), {}
 for name, train_net in (("labels alone", supervised), ("M2, all images", m2)):
     nets = [train_net(n) for n in counts]
     accuracy[name] = [100 * float((net(x[test]).argmax(1) == y[test]).float().mean()) for net in nets]
-    print(f"{name:>14}: " + ", ".join(f"{v:.1f} % by {n}" for n, v in zip(counts, accuracy[name], strict=True)))
+    print(
+        f"{name:>14}: " + ", ".join(f"{v:.1f} % by {n}" for n, v in zip(counts, accuracy[name], strict=True))
+    )
 
 # %%
 # Left: each row is one z, each column a label: z has learned the style. Right: with few labels the images

@@ -26,8 +26,8 @@ def network(inputs, outputs):
 
 # %%
 # The encoder computes features of x for each level; the levels turn them into q. The lower level's prior is a
-# network of z₁. With ``merge="precision"`` its posterior is the product of that prior and of what the features
-# say, as in the ladder VAE.
+# network of z₁. With ``merge="precision"`` its posterior is the product of that prior and of what the
+# features say, as in the ladder VAE.
 
 
 class Encoder(nn.Module):
@@ -82,8 +82,8 @@ better = result.log_px - results["one level"][1].log_px
 print(f"two levels to one: {better.mean():+.2f} ± {better.std() / len(better) ** 0.5:.2f} nats")
 
 # %%
-# These small images gain hardly anything in log p(x). What a hierarchy adds is control: each row has one z₁, and draws z₂
-# from p(z₂|z₁).
+# These small images gain hardly anything in log p(x). What a hierarchy adds is control: each row has one z₁,
+# and draws z₂ from p(z₂|z₁).
 
 hierarchy = vae.encoder.hierarchy
 rows, columns = 6, 10

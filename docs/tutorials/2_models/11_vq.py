@@ -24,7 +24,11 @@ CODES, DIM = 16, 8
 # used for that many steps.
 
 encoder = nn.Sequential(
-    nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=4), nn.ReLU(), nn.Conv2d(64, DIM, 1)
+    nn.Conv2d(1, 32, 3, padding=1),
+    nn.ReLU(),
+    nn.Conv2d(32, 64, 4, stride=4),
+    nn.ReLU(),
+    nn.Conv2d(64, DIM, 1),
 )
 decoder = nn.Sequential(
     nn.Conv2d(DIM, 64, 3, padding=1),
@@ -45,8 +49,8 @@ for _ in range(40):
         optimizer.step()
 
 # %%
-# The bound on log p(x) of a VQ-VAE: log p(x|z) of the codes that were chosen, and their log probability. Under
-# the uniform prior, 4 log 16 nats.
+# The bound on log p(x) of a VQ-VAE: log p(x|z) of the codes that were chosen, and their log probability.
+# Under the uniform prior, 4 log 16 nats.
 
 model.eval()
 with torch.no_grad():
