@@ -132,7 +132,7 @@ for i, (name, color) in enumerate(zip(NAMES, colors, strict=True)):
     mine = plane[kind[test] == i]
     left.scatter(*mine.T, s=9, color=color, alpha=0.6, linewidths=0)
     x, y = mine[:, 0].median(), mine[:, 1].quantile(0.98)
-    left.text(x, y, name, color=color, fontweight="bold", ha="center", va="bottom")
+    left.text(x, y, name, color=color, fontweight="bold", ha="right" if i == 0 else "center", va="bottom")
 left.set(xticks=[], yticks=[], title="Latents of test cells, by type (not seen in training)")
 names = [
     name.replace(" without", "\nwithout").replace("zero-inflated ", "zero-inflated\n") for name in models
