@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import fastvae
 
-PAGES = ("index", "start/quickstart", "start/port", "auto_tutorials/02_trust", "api/fastvae.ops")
+PAGES = ("index", "start/quickstart", "start/port", "auto_tutorials/1_start/02_trust", "api/fastvae.ops")
 PAGES += ("theory",)
 WIDTHS = (1280, 390)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

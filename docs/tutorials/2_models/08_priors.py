@@ -107,5 +107,6 @@ for (above, below), (name, vae) in zip(axes.T, models.items(), strict=True):
     framed = nn.functional.pad(samples, (1, 1, 1, 1), value=0.2)
     below.imshow(framed.permute(0, 2, 1, 3).reshape(30, 80), cmap="gray_r", vmin=0, vmax=1)
     below.set(xticks=[], yticks=[])
+figure.suptitle("Learned priors follow the data; log p(x) does not gain from it here")
 axes[0, 0].set_ylabel("prior (grey), means of q (blue)")
 axes[1, 0].set_ylabel("samples")

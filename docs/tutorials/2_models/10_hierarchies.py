@@ -97,6 +97,7 @@ with torch.no_grad():
 free = vae.sample(rows * columns, mean=True, generator=generator)
 
 figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 3.5), layout="constrained")
+figure.suptitle("Two levels: z₁ decides what z₂ may vary")
 titles = ("z₁ and z₂ drawn", "each row: one z₁, ten draws of z₂")
 for place, images, title in zip(axes, (free, varied), titles, strict=True):
     framed = nn.functional.pad(images.reshape(rows, columns, 8, 8), (1, 1, 1, 1), value=0.2)

@@ -131,7 +131,8 @@ with torch.no_grad():
             vq.decode(drawn.unflatten(1, (2, 2)))
         ),
     }
-figure, axes = pyplot.subplots(1, 3, figsize=(11, 2.3), layout="constrained")
+figure, axes = pyplot.subplots(1, 3, figsize=(11, 2.7), layout="constrained")
+figure.suptitle("Digits decoded from four codes each")
 for place, (title, logits) in zip(axes, panels.items(), strict=True):
     framed = nn.functional.pad(logits.sigmoid().reshape(4, 8, 8, 8), (1, 1, 1, 1), value=0.2)
     place.imshow(framed.permute(0, 2, 1, 3).reshape(40, 80), cmap="gray_r", vmin=0, vmax=1)

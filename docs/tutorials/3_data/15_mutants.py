@@ -141,4 +141,5 @@ for place, (name, values), color in zip(axes, found.items(), ("#888888", "#0072b
                transform=place.transAxes)  # fmt: skip
     place.set(title=name, xlabel="score of a mutant, nats")
     place.spines[["top", "right"]].set_visible(False)
+figure.suptitle("Single mutants: the score of a model against the truth")
 axes[0].set_ylabel("true log p(mutant) − log p(wild type)")
