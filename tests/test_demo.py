@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 TINY = ["--epochs", "1", "--k", "3", "--eval-k", "7"]
-PICTURES = {"samples.png", "reconstructions.png", "manifold.png", "training.png", "overview.png"}
+PICTURES = {f"{n}.png" for n in ("samples", "reconstructions", "manifold", "latents", "training", "overview")}
 
 
 def idx_bytes(count, seed, size=6, magic=0x803):
@@ -84,7 +84,7 @@ def test_idx_folder(tmp_path, capsys, dot, compress):
     folder = idx_folder(tmp_path / "images", dot, compress)
     out = tmp_path / "out"
     assert main(["demo", "--data", str(folder), "--out", str(out), "--latent", "3", *TINY]) == 0
-    check_pictures(out, PICTURES - {"manifold.png"})
+    check_pictures(out, PICTURES - {"manifold.png", "latents.png"})
     text = capsys.readouterr().out
     assert "images: 230 training and 23 test images of 6x6 pixels" in text
     assert "no manifold.png" in text and "--latent 2" in text
