@@ -1,8 +1,8 @@
 """``python -m docs.pictures``: draw the documentation's pictures from the data files next to them.
 
 Each picture has a light and a dark variant, ``head.png`` and ``head-dark.png``. With ``--measure`` the data
-are measured first, which takes minutes: ``front.csv`` and ``head.csv`` by ``python -m benchmarks picture`` and
-``head_memory``; ``demo.csv`` and ``demo.pt`` by training the demo's models, and ``evaluation.npz`` by
+are measured first, which takes minutes: ``front.csv`` and ``head.csv`` by ``python -m benchmarks picture``
+and ``head_memory``; ``demo.csv`` and ``demo.pt`` by training the demo's models, and ``evaluation.npz`` by
 evaluating one. Proposals on MNIST: ``python -m docs.experiments.proposals --table docs/proposals.csv``.
 """
 
@@ -33,7 +33,7 @@ DARK = {
     **dict.fromkeys(("axes.edgecolor", "grid.color"), "#80858b"),
 }
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "-dark": DARK}
-# Okabe & Ito's colours, told apart by colour-blind readers, on light and dark.
+# Okabe & Ito's colours, which colour-blind readers can distinguish.
 BLUE, SKY, ORANGE, GREEN, GREY = "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#999999"
 EVAL_K = 5000
 

@@ -1,6 +1,6 @@
 """
-Posteriors and priors, as pictures
-==================================
+Which posterior?
+================
 
 A posterior q(z|x) is what the encoder returns: two numbers for each latent, a full covariance, or a
 mixture. Which one suits is seen on the exact posterior, which two latents allow to draw.
