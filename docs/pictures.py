@@ -34,8 +34,14 @@ DARK = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "-dark": DARK}
 # Okabe & Ito's colours, which colour-blind readers can distinguish.
-BLUE, SKY, ORANGE, GREEN, GREY = "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#999999"
+ORANGE, GREEN, GREY = "#e69f00", "#009e73", "#999999"
 EVAL_K = 5000
+ARCHITECTURE = {"pixels": 64, "hidden": 128, "latent": 2}
+
+
+def blue() -> str:
+    """Return the colour of fastvae, lighter on dark."""
+    return "#0072b2" if matplotlib.rcParams["figure.facecolor"] == "white" else "#4aa8e8"
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -48,7 +54,7 @@ def front() -> Figure:
     """Draw the overhead of an objective by case, and the memory of log p(x) over K."""
     rows = read("front")
     machine = next(row["case"] for row in rows if row["quantity"] == "machine")
-    colors = {"fastvae": BLUE, "torch.compile": ORANGE, "eager PyTorch": GREY}
+    colors = {"fastvae": blue(), "torch.compile": ORANGE, "eager PyTorch": GREY}
     figure = Figure(figsize=(12.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2.6, 1))
     width = 0.27
@@ -74,8 +80,8 @@ def front() -> Figure:
         if grown:
             draws, mib = [int(row["case"]) for row in grown], [float(row["median"]) for row in grown]
             right.plot(draws, mib, "o-", color=color)
-            offset, align = ((0, -14), "center") if which == "fastvae" else ((-8, 0), "right")
-            right.annotate(which, (draws[-1], mib[-1]), offset, textcoords="offset points", ha=align,
+            at_end, offset, align = (-1, (-8, 0), "right") if which != "fastvae" else (-3, (0, 8), "center")
+            right.annotate(which, (draws[at_end], mib[at_end]), offset, textcoords="offset points", ha=align,
                            color=color, fontweight="bold")  # fmt: skip
     left.set_ylabel("CPU µs, forward + backward")
     left.set_title("Overhead of the objective, by batch × pixels (one thread)", fontsize=10)
@@ -88,35 +94,45 @@ def front() -> Figure:
 def head() -> Figure:
     """Draw memory and time of the bound and its gradients over K."""
     *rows, last = read("head")
-    colors = {"fastvae, fused head": BLUE, "fastvae, output stored": SKY, "torch.compile": ORANGE}
+    colors = {"fastvae, fused head": blue(), "fastvae, output stored": GREEN, "torch.compile": ORANGE}
     colors["eager PyTorch"] = GREY
+    found: dict[str, dict[str, list[float]]] = {which: defaultdict(list) for which in colors}
+    for row in rows:
+        for column in ("K", "MiB", "seconds"):
+            found[row["implementation"]][column].append(float(row[column]))
+    draws, seconds = (found["fastvae, fused head"][column] for column in ("K", "seconds"))
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-    titles = ("Memory of the bound and its gradients", "Time, forward + backward")
-    places = zip(
-        figure.subplots(1, 2), ("MiB", "seconds"), ("peak memory (MiB)", "CPU seconds"), titles, strict=True
-    )
-    for axes, column, label, title in places:
-        ends = {}
-        for which, color in colors.items():
-            mine = [(int(row["K"]), float(row[column])) for row in rows if row["implementation"] == which]
-            axes.plot(*zip(*mine, strict=True), "o-", color=color)
-            ends[which] = mine[-1]
-        axes.set(xscale="log", yscale="log", xlabel="K, samples of each of 100 images", ylabel=label)
-        axes.set_title(title, fontsize=10)
-        _label_ends(axes, ends, colors)
+    left, right = figure.subplots(1, 2)
+    for which, columns in found.items():
+        left.plot(draws, columns["MiB"], "o-", color=colors[which])
+        ratios = [a / b for a, b in zip(columns["seconds"], seconds, strict=True)]
+        right.plot(draws, ratios, "o-", color=colors[which])
+        columns["ratio"] = ratios
+    left.set_yscale("log")
+    left.set_ylabel("peak memory (MiB)")
+    left.set_title("Memory of the bound and its gradients", fontsize=10)
+    right.set_title("CPU time, as a multiple of the fused head's", fontsize=10)
+    right.set_ylim(bottom=0.0)
+    for axes, column in ((left, "MiB"), (right, "ratio")):
+        _label_ends(axes, draws[-1], {which: columns[column][-1] for which, columns in found.items()}, colors)
+        axes.set(
+            xscale="log", xlabel="K, samples of each of 100 images", xlim=(draws[0] / 1.3, draws[-1] * 30)
+        )
+        axes.set_xticks([k for k in draws if k != 1000], [f"{k:.0f}" for k in draws if k != 1000])
+        axes.minorticks_off()
     _finish(figure, "last layer 200 to 784, Bernoulli; " + last["implementation"].removeprefix("machine: "))
     return figure
 
 
-def _label_ends(axes: Any, ends: dict[str, tuple[float, float]], colors: dict[str, str]) -> None:
-    """Write names at the right ends of lines, apart from each other, on logarithmic axes."""
-    low, high = axes.get_ylim()
-    step = 1.0 * (high / low) ** 0.07
-    at = 0.0
-    for which, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        at = max(y, at * step)
-        axes.text(x * 1.25, at, which, color=colors[which], fontweight="bold", fontsize=8.5, va="center")
-    axes.set_xlim(right=axes.get_xlim()[1] * 12)
+def _label_ends(axes: Any, x: float, ends: dict[str, float], colors: dict[str, str]) -> None:
+    """Write names at the right ends of lines, one line of text apart."""
+    at, shift = -1e9, 0.0
+    for which, y in sorted(ends.items(), key=lambda item: item[1]):
+        place = axes.transData.transform((1.0, y))[1]
+        shift = max(0.0, at + 15 - place)
+        at = place + shift
+        axes.annotate(which, (x, y), (6, 0.72 * shift), textcoords="offset points", color=colors[which],
+                      fontweight="bold", fontsize=8.5, va="center")  # fmt: skip
 
 
 def proposals() -> Figure:
@@ -125,7 +141,7 @@ def proposals() -> Figure:
     labels = {
         "posterior": ("draws from q", -1, (0, 8), "center", GREY),
         "adapted": ('"adapted"', 1, (10, -6), "left", ORANGE),
-        "refined": ('"refined"', 0, (-8, 8), "right", BLUE),
+        "refined": ('"refined"', 0, (-8, 8), "right", blue()),
         "AIS": ("annealed importance\nsampling", -1, (0, 9), "center", GREEN),
     }
     rows = defaultdict(list)
@@ -172,9 +188,6 @@ def demo() -> Figure:
         model = models.load(FOLDER / "demo.pt")
         runs.append(training.Run(name, model, ARCHITECTURE, *curves, log_px, log_px, log_px))
     return pictures.overview(runs, digits(), EVAL_K)
-
-
-ARCHITECTURE = {"pixels": 64, "hidden": 128, "latent": 2}
 
 
 def measure_demo() -> None:

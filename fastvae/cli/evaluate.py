@@ -273,6 +273,7 @@ def draw(result: Evaluation, path: Path, title: str) -> None:
     values = result.khat[result.khat.isfinite()].numpy()
     khat.hist(values, bins="auto" if len(values) < 10_000 else 100, color="tab:blue")
     label = f"{UNTRUSTED}: {100 * result.untrusted:.1f} % of the examples are above"
+    khat.margins(y=0.2)  # room for the legend
     khat.axvline(UNTRUSTED, color="tab:red", lw=1, label=label)
     khat.set(xlabel="Pareto k̂", ylabel="examples", title="Can log p(x) be trusted?")
     khat.legend(fontsize="small")
