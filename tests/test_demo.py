@@ -370,6 +370,26 @@ def test_unknown_latents(tmp_path, monkeypatch, capsys):
     assert all(name in text for name in (*latents.POSTERIORS, *latents.PRIORS))
 
 
+@pytest.mark.parametrize("latent", [2, 3])
+def test_classes_are_labelled_at_their_centroids(latent):
+    """Of more than two latents in the plane of the largest variance."""
+    from matplotlib.figure import Figure
+
+    images = digits()
+    means = torch.zeros(len(images.test), latent)
+    means[:, 0], means[:, -1] = images.labels, 10 * (images.labels % 2)
+    encoder = torch.nn.Identity()
+    model = fastvae.VAE(encoder, encoder, likelihood="bernoulli", latent_dim=latent)
+    run = training.Run("x", model, {}, [], [], *[torch.zeros(1)] * 3)
+    images = images._replace(test=torch.cat([means, torch.zeros_like(means)], 1))
+    axes = Figure().subplots()
+    pictures._scatter(axes, run, images)
+    assert [t.get_text() for t in axes.texts] == [str(n) for n in range(10)]
+    at = torch.tensor([t.get_position() for t in axes.texts])
+    expected = torch.stack([torch.arange(10.0), 10.0 * (torch.arange(10) % 2)], 1)
+    assert torch.allclose(torch.cdist(at, at), torch.cdist(expected, expected), atol=1e-3)
+
+
 def test_the_manifold_covers_the_prior():
     """The picture's grid decodes quantiles of each dimension's marginal."""
 
