@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from . import assert_same, noise, run_tutorial
+from . import ROOT, assert_same, noise, run_tutorial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 7
@@ -92,3 +92,6 @@ def test_both_models_are_far_above_popularity():
     ndcg = {name: float(value) for name, value in found.items()}
     for name in ("Mult-VAE", "RecVAE"):
         assert 3 * ndcg["popularity"] < ndcg[name] < ndcg["the true rates"]
+    page = (ROOT / "docs" / "integrations" / "recommenders.md").read_text("utf-8")
+    stated = dict(re.findall(r"^    ([^:\n]+): .*nDCG@100 (0\.\d+)$", page, re.M))
+    assert {name: pytest.approx(float(value), abs=0.02) for name, value in stated.items()} == ndcg

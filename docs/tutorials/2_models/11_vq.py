@@ -98,8 +98,8 @@ with torch.no_grad():
 print(f"bound with the learned prior {learned.mean():.2f} nats")
 
 # %%
-# For comparison, a VAE with as many networks and continuous latents. Its log p(x) is by importance sampling,
-# the others are bounds, since a single choice of the codes counts.
+# For comparison, a VAE with continuous latents. Its log p(x) is by importance sampling, the others are
+# bounds, since a single choice of the codes counts.
 
 flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 2 * 8))
 back = nn.Sequential(nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 64), nn.Unflatten(1, (1, 8, 8)))

@@ -31,9 +31,9 @@ def network(inputs, outputs):
     return nn.Sequential(nn.Linear(inputs, 128), nn.Tanh(), nn.Linear(128, outputs))
 
 
-def train(step, parameters, epochs=40):
+def train(step, parameters, epochs=35):
     """Maximise ``step(rows)`` over shuffled batches of rows."""
-    optimizer = torch.optim.Adam(parameters, lr=2e-3)
+    optimizer = torch.optim.Adam(parameters, lr=4e-3)
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(100):
             optimizer.zero_grad()
@@ -52,8 +52,8 @@ def miwae(mask):
     likelihood = likelihoods.Gaussian(scale=0.2, learned=True)
     vae = fastvae.VAE(network(PIXELS, 2 * LATENTS), network(LATENTS, PIXELS), likelihood=likelihood)
     seen = torch.where(mask, x, 0)
-    train(lambda rows: vae.iwae(seen[rows], k=10, mask=mask[rows]), vae.parameters())
-    return vae.impute(seen, mask, k=500).mean
+    train(lambda rows: vae.iwae(seen[rows], k=5, mask=mask[rows]), vae.parameters())
+    return vae.impute(seen, mask, k=200).mean
 
 
 def simple(mask):
@@ -126,10 +126,10 @@ def not_miwae(mask):
     def step(rows):
         part = {name: value[rows] for name, value in data.items()}
         context = {"x": part["x"], "mask": mask[rows]}
-        return vae.iwae(part, k=10, mask={"x": mask[rows]}, context=context)
+        return vae.iwae(part, k=5, mask={"x": mask[rows]}, context=context)
 
     train(step, vae.parameters())
-    return vae.impute(data, {"x": mask}, k=500, context={"x": data["x"], "mask": mask}).mean["x"]
+    return vae.impute(data, {"x": mask}, k=200, context={"x": data["x"], "mask": mask}).mean["x"]
 
 
 size_imputed = simple(by_size) | {"MIWAE": miwae(by_size), "not-MIWAE": not_miwae(by_size)}

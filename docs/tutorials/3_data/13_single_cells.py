@@ -3,7 +3,7 @@ Single cells
 ============
 
 Counts of genes in single cells: overdispersed, mostly zero, and proportional to how deeply a cell was
-sequenced. The cells are simulated, so that the true log p(x) is known and no model can hide behind it.
+sequenced. The cells are simulated, so that the true log p(x) is known.
 """
 
 import torch
@@ -115,9 +115,9 @@ for name, (_, result) in models.items():
     print(f"{name}: log p(x) {-result.nll:.2f}, {(truth - result.log_px).mean():.2f} nats below the truth")
 
 # %%
-# Counts that vary more than a Poisson's, and depths that z must describe, cost the most. Zero inflation gains
-# nothing, since the generator has none: 65 % zeros are no sign of it. (The truth knows each cell's depth; the
-# models estimate it by the counts' sum, which is also a little information about x.)
+# A Poisson, whose variance is too small, costs the most, and then a z that must describe the depth, too. Zero
+# inflation gains nothing, since the generator has none: many zeros alone do not call for it. (The truth knows
+# each cell's depth; the models estimate it by the counts' sum, which is also a little information about x.)
 #
 # Left: the means of q(z|x), in the plane of their largest variance, with the type of each cell, which no
 # model has seen.
