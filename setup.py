@@ -83,13 +83,17 @@ def read(name):
 
 
 def description(version):
-    """Return the README with the repository's files linked at the version's tag, for readers elsewhere."""
+    """Return the README with the repository's files linked at the version's tag, for readers elsewhere.
+
+    Variants of pictures for dark pages are left out, since the package index has light ones alone.
+    """
     at = f"https://github.com/fastvae/fastvae/{{}}/v{version}/".format
 
     def absolute(link):
-        return f"]({at('raw' if link[1].endswith('.png') else 'blob')}{link[1]})"
+        return f"{link[1]}{at('raw' if link[2].endswith('.png') else 'blob')}{link[2]}{link[3]}"
 
-    return re.sub(r"\]\(([\w./-]+\.(?:md|png|csv|cff)(?:#[\w-]*)?)\)", absolute, read("README.md"))
+    text = re.sub(r"^ *<source .*>\n", "", read("README.md"), flags=re.M)
+    return re.sub(r"""(\]\(|src=")([\w./-]+\.(?:md|png|csv|cff)(?:#[\w-]*)?)(\)|")""", absolute, text)
 
 
 # Stated there alone: an import needs no installed metadata, and names the code that runs.

@@ -383,9 +383,10 @@ def test_the_index_shows_the_readme_with_links_that_work(distributions):
         text = wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))).decode()
     description = text.partition("\n\n")[2]
     tag = f"https://github.com/fastvae/fastvae/{{}}/v{fastvae.__version__}/".format
-    assert f"]({tag('raw')}docs/proposals.png)" in description
+    assert f'src="{tag("raw")}docs/proposals.png"' in description and "dark" not in description
     assert f"]({tag('blob')}CONTRIBUTING.md)" in description
-    files = [p for p in re.findall(r"\]\(([^)\s]+)\)", description) if not p.startswith(("https://", "#"))]
+    links = re.findall(r"""(?:\]\(|src=")([^)"\s]+)""", description)
+    files = [p for p in links if not p.startswith(("https://", "#"))]
     assert not [p for p in files if (ROOT / p.partition("#")[0]).exists()]
 
 
