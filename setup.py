@@ -1,7 +1,7 @@
 """Build fastvae._C and install kernels/ as fastvae.kernels.
 
 The extension is pybind11 and the C++ standard library, without libtorch. With FASTVAE_NO_EXTENSION=1 in the
-environment it is left out.
+environment it is left out; FASTVAE_JOBS limits the compilers that run at a time.
 """
 
 import glob
@@ -14,7 +14,7 @@ import sys
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# The instruction set is chosen at run time (see bindings.cpp), so nothing here names one. No OpenMP runtime
+# The instruction set is chosen at run time (see targets.hpp), so nothing here names one. No OpenMP runtime
 # is linked: torch's serves (see parallel.hpp).
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0"]
 # What some compilers refuse. -fschedule-insns spreads chains of operations that wait for each other: noise is
@@ -47,13 +47,15 @@ class BuildExt(build_ext):
                         "gcc-c++` (Fedora) or `conda install cxx-compiler`, or name yours in the environment "
                         "variables CC and CXX, and try again."
                     )
-        from pybind11.setup_helpers import has_flag
+        from pybind11.setup_helpers import ParallelCompile, has_flag
 
+        units = runpy.run_path("csrc/generate.py")["write"](self.build_temp)
         for extension in self.extensions:
             extension.extra_compile_args += [f for f in OPTIONAL_FLAGS if has_flag(self.compiler, f)]
             extension.include_dirs.append(self.build_temp)
-        runpy.run_path("csrc/list_likelihoods.py")["write"](self.build_temp)
-        super().build_extensions()
+            extension.sources += map(str, units)
+        with ParallelCompile("FASTVAE_JOBS"):  # as many as there are processors, without this variable
+            super().build_extensions()
 
 
 def extensions():
@@ -81,13 +83,17 @@ def read(name):
 
 
 def description(version):
-    """Return the README with the repository's files linked at the version's tag, for readers elsewhere."""
+    """Return the README with the repository's files linked at the version's tag, for readers elsewhere.
+
+    Variants of pictures for dark pages are left out, since the package index has light ones alone.
+    """
     at = f"https://github.com/fastvae/fastvae/{{}}/v{version}/".format
 
     def absolute(link):
-        return f"]({at('raw' if link[1].endswith('.png') else 'blob')}{link[1]})"
+        return f"{link[1]}{at('raw' if link[2].endswith('.png') else 'blob')}{link[2]}{link[3]}"
 
-    return re.sub(r"\]\(([\w./-]+\.(?:md|png|csv|cff)(?:#[\w-]*)?)\)", absolute, read("README.md"))
+    text = re.sub(r"^ *<source .*>\n", "", read("README.md"), flags=re.M)
+    return re.sub(r"""(\]\(|src=")([\w./-]+\.(?:md|png|csv|cff)(?:#[\w-]*)?)(\)|")""", absolute, text)
 
 
 # Stated there alone: an import needs no installed metadata, and names the code that runs.

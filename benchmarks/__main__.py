@@ -37,11 +37,11 @@ MODULES = (
 )
 # Subcommands, modules whose ``main`` takes the arguments after the name.
 SUBCOMMANDS = {
-    "head_memory": "memory and time over K, with the decoder's last layer fused into the likelihood",
+    "head_memory": "docs/head.csv: memory and time over K, with the decoder's last layer fused",
     "frontend": "overhead of an objective, with a decoder that costs nothing",
     "single_cell": "scvi-tools' model of counts against the same networks in fastvae",
     "users": "whole training steps of models shaped like public codes",
-    "picture": "the picture of docs/benchmarks.md: the time of a call, and memory over K",
+    "picture": "docs/front.csv: the time of a call, and memory over K",
 }
 
 

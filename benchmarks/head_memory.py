@@ -1,12 +1,13 @@
-"""``python -m benchmarks head_memory``: draw docs/head.png: memory and time over K.
+"""``python -m benchmarks head_memory``: write docs/head.csv: memory and time over K.
 
 Peak growth of a process for the bound and all gradients, from the input of the decoder's last layer, and the
-time it takes: each case in a separate process.
+CPU time it takes on one thread: each case in a separate process. ``python -m docs.pictures head`` draws it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import subprocess
 import sys
 import time
@@ -18,21 +19,22 @@ from .head import eager, fused, inputs, stored
 from .memory import peak_mib
 from .report import processor
 
-PICTURE = Path(__file__).parents[1] / "docs" / "head.png"
+TABLE = Path(__file__).parents[1] / "docs" / "head.csv"
 BATCH, HIDDEN, PIXELS = 100, 200, 784
 SAMPLES = (10, 50, 200, 500, 1000, 2000)
 FUSED = "fastvae, fused head"
 IMPLEMENTATIONS = {
-    FUSED: (fused, "#1f77b4"),
-    "fastvae, output stored": (stored, "#7fb2d9"),
-    "torch.compile": (eager, "#777777"),
-    "eager PyTorch": (eager, "#bbbbbb"),
+    FUSED: fused,
+    "fastvae, output stored": stored,
+    "torch.compile": eager,
+    "eager PyTorch": eager,
 }
 
 
 def child(which: str, k: int) -> None:
     """Print MiB and seconds of a step."""
-    run, _ = IMPLEMENTATIONS[which]
+    torch.set_num_threads(1)
+    run = IMPLEMENTATIONS[which]
     if which == "torch.compile":
         run = torch.compile(run, dynamic=False)
 
@@ -46,9 +48,9 @@ def child(which: str, k: int) -> None:
     step(given)
     grown, seconds = peak_mib() - before, []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         step(given)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     print(grown, sorted(seconds)[2])
 
 
@@ -66,23 +68,13 @@ def measured() -> dict[str, dict[int, tuple[float, float]]]:
     return found
 
 
-def draw(found: dict[str, dict[int, tuple[float, float]]]) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    for i, (ax, label) in enumerate(zip(axes, ("peak memory (MiB)", "seconds"), strict=True)):
+def write(found: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["implementation", "K", "MiB", "seconds"])
         for which, by_k in found.items():
-            color = IMPLEMENTATIONS[which][1]
-            ax.plot(list(by_k), [v[i] for v in by_k.values()], "o-", color=color, label=which)
-        ax.set(xscale="log", yscale="log", xlabel=f"K, samples of each of {BATCH} images", ylabel=label)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_title("Memory of the bound and its gradients", fontsize=10)
-    axes[1].set_title("Time, forward + backward", fontsize=10)
-    axes[0].legend(frameon=False, fontsize=8)
-    note = f"last layer {HIDDEN} to {PIXELS}, Bernoulli; {processor()}, torch {torch.__version__}"
-    figure.supxlabel(note, fontsize=7, x=0.99, ha="right")
-    figure.savefig(PICTURE, dpi=110)
-    plt.close(figure)
+            rows.writerows([which, k, f"{mib:.1f}", f"{s:.6f}"] for k, (mib, s) in by_k.items())
+        rows.writerow([f"machine: {processor()}; torch {torch.__version__}", "", "", ""])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m benchmarks head_memory", description=description).parse_args(
         arguments
     )
-    draw(measured())
-    print(f"wrote {PICTURE}")
+    write(measured(), TABLE)
+    print(f"wrote {TABLE}")
     return 0
 
 

@@ -1,15 +1,18 @@
-"""``python -m benchmarks picture``: draw docs/front.png: time of a call, memory over K.
+"""``python -m benchmarks picture``: write docs/front.csv: time of a call, memory over K.
 
-Left: overhead of an objective (``python -m benchmarks frontend``, one thread). Right: peak growth of a
-process that estimates log p(x) with K draws, each case in a separate process.
+Time: overhead of an objective, CPU time of one thread (``python -m benchmarks frontend --cpu``). Memory: peak
+growth of a process that estimates log p(x) with K draws, each case in a separate process. ``python -m
+docs.pictures front`` draws it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,10 +25,10 @@ from .memory import IMAGES, peak_mib
 from .objectives import PIXELS, model_of
 from .report import processor
 
-PICTURE = Path(__file__).parents[1] / "docs" / "front.png"
+TABLE = Path(__file__).parents[1] / "docs" / "front.csv"
 DRAWS = (50, 200, 1000, 4000, 16_000, 64_000)
 MOST_AT_ONCE = 16_000  # draws for which plain PyTorch needs 2.4 GB
-COLORS = {"fastvae": "#1f77b4", "eager PyTorch": "#bbbbbb", "torch.compile": "#777777"}
+IMPLEMENTATIONS = ("fastvae", "torch.compile", "eager PyTorch")
 
 
 def times(rounds: int) -> dict[str, dict[str, tuple[float, float, float]]]:
@@ -35,13 +38,14 @@ def times(rounds: int) -> dict[str, dict[str, tuple[float, float, float]]]:
         for case in frontend.CASES:
             inputs = frontend.make(case, likelihood)
             runs = frontend.implementations(case, likelihood, inputs, compiled=True)
-            measured = frontend.measure(runs, rounds)
+            measured = frontend.measure(runs, rounds, clock=time.process_time_ns)
             compiled = min(
                 (v for n, v in measured.items() if n.startswith("torch.compile")), key=statistics.median
             )
             bound = f"IWAE-{case.k}" if case.k else "ELBO"
-            name = f"{bound}\n{case.batch}×{case.pixels}\n{likelihood}"
-            columns = dict(zip(COLORS, (measured[frontend.OURS], measured["eager"], compiled), strict=True))
+            name = f"{bound}, {case.batch}×{case.pixels}, {likelihood}"
+            shown = measured[frontend.OURS], compiled, measured["eager"]
+            columns = dict(zip(IMPLEMENTATIONS, shown, strict=True))
             found[name] = {
                 n: (statistics.quantiles(v, n=5)[0], statistics.median(v), statistics.quantiles(v, n=5)[3])
                 for n, v in columns.items()
@@ -88,34 +92,18 @@ def memory() -> dict[str, dict[int, float]]:
     return found
 
 
-def draw(found: dict[str, dict[str, tuple[float, float, float]]], grown: dict[str, dict[int, float]]) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12.5, 4.2), width_ratios=(2.6, 1), layout="constrained"
-    )
-    width = 0.27
-    for i, (which, color) in enumerate(COLORS.items()):
-        low, middle, high = zip(*(case[which] for case in found.values()), strict=True)
-        at = [j + (i - 1) * width for j in range(len(found))]
-        error = torch.tensor([low, high]).sub(torch.tensor(middle)).abs().numpy()
-        bars = left.bar(at, middle, width * 0.92, yerr=error, color=color, label=which, error_kw={"lw": 0.8})
-        if which == "fastvae":
-            left.bar_label(bars, [f"{m:.0f}" for m in middle], fontsize=7, padding=1)
-    left.set_xticks(range(len(found)), list(found), fontsize=8)
-    left.set_ylabel("µs, forward + backward")
-    left.set_title("Overhead of the objective, by batch × pixels (one thread)", fontsize=10)
-    left.legend(frameon=False, fontsize=8)
-    for which, sizes in grown.items():
-        right.plot(list(sizes), list(sizes.values()), "o-", color=COLORS[which], label=which)
-    right.set(xscale="log", yscale="log", xlabel="K, draws per image", ylabel="peak memory (MiB)")
-    right.set_title(f"log p(x) of {IMAGES} images, 784 pixels", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(f"{processor()}, torch {torch.__version__}", fontsize=7, x=0.99, ha="right")
-    figure.savefig(PICTURE, dpi=110)
-    plt.close(figure)
+def write(
+    found: dict[str, dict[str, tuple[float, float, float]]], grown: dict[str, dict[int, float]], path: Path
+) -> None:
+    """Write microseconds of each case, and MiB of each number of draws, a row for each implementation."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["quantity", "case", "implementation", "20th percentile", "median", "80th percentile"])
+        for case, columns in found.items():
+            rows.writerows(["microseconds", case, n, *(f"{v:.2f}" for v in t)] for n, t in columns.items())
+        for which, sizes in grown.items():
+            rows.writerows(["MiB", k, which, "", f"{v:.1f}", ""] for k, v in sizes.items())
+        rows.writerow(["machine", f"{processor()}, torch {torch.__version__}", "", "", "", ""])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,12 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
     found = times(options.rounds)
     for case, columns in found.items():
         row = ", ".join(f"{n} {m:.0f} ({a:.0f} to {b:.0f})" for n, (a, m, b) in columns.items())
-        print(f"{case.replace(chr(10), ', ')}: {row} µs", flush=True)
+        print(f"{case}: {row} µs", flush=True)
     grown = memory()
     for which, sizes in grown.items():
         print(f"{which}: " + ", ".join(f"K={k} {v:.0f} MiB" for k, v in sizes.items()), flush=True)
-    draw(found, grown)
-    print(f"wrote {PICTURE}")
+    write(found, grown, TABLE)
+    print(f"wrote {TABLE}")
     return 0
 
 

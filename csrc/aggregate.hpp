@@ -1,13 +1,7 @@
 // An aggregate posterior and its marginals: ops/aggregate.py. The scores of a unit of rows for a block of
 // components are computed as for a mixture (mixture.hpp), of all dimensions together and of one at a time,
 // and reduced before the next: nothing of size N U is stored.
-
-#if defined(FASTVAE_AGGREGATE_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_AGGREGATE_HPP
-#undef FASTVAE_AGGREGATE_HPP
-#else
-#define FASTVAE_AGGREGATE_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 #include "elementary.hpp"
@@ -301,40 +295,5 @@ void aggregate_slopes(const Aggregate& a, const Components<C>& c, const Aggregat
   });
 }
 
-// @param out (N), each (N, D): of the dtype of all, contiguous, written.
-inline void aggregate_log_prob(Tensor z, Tensor mu, Tensor logvar, i64 dataset_size, Output out, Output each,
-                               int threads) {
-  const Aggregate a{z, mu, logvar, dataset_size};
-  if (z.dtype == kFloat64) {
-    aggregate_rows(a, pointer<double>(out), pointer<double>(each), threads);
-  } else {
-    aggregate_rows(a, pointer<float>(out), pointer<float>(each), threads);
-  }
-}
-// @param grad, log_q (N); grad_each, log_q_each (N, D); to_z (N, D), to_mu, to_logvar (U, D): written, null
-// where not needed.
-inline void aggregate_log_prob_backward(Tensor grad, Tensor grad_each, Tensor log_q, Tensor log_q_each,
-                                        Tensor z, Tensor mu, Tensor logvar, i64 dataset_size, Output to_z,
-                                        Output to_mu, Output to_logvar, int threads) {
-  const Aggregate a{z, mu, logvar, dataset_size};
-  const AggregateGradients up{grad, grad_each, log_q, log_q_each};
-  const auto run = [&](auto zero) {
-    using C = decltype(zero);
-    const Components<C> c(mu.n0, a.dims(), true);
-    c.pack(mu, logvar, {}, threads);
-    C *by_z = pointer<C>(to_z), *by_mu = pointer<C>(to_mu), *by_logvar = pointer<C>(to_logvar);
-    if (!by_mu && !by_logvar) {
-      aggregate_slopes<C, true, false>(a, c, up, by_z, by_mu, by_logvar, threads);
-    } else if (!by_z) {
-      aggregate_slopes<C, false, true>(a, c, up, by_z, by_mu, by_logvar, threads);
-    } else {
-      aggregate_slopes<C, true, true>(a, c, up, by_z, by_mu, by_logvar, threads);
-    }
-  };
-  z.dtype == kFloat64 ? run(double()) : run(float());
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -168,17 +168,29 @@ struct Output {
   operator address() const { return data; }
 };
 
-// Gradients of a likelihood's outputs: weights and biases of the outputs computed by the last layer, and the
-// fixed ones; null if none.
+// Activation of a hidden layer, by torch.nn's names; the parameter is ELU's alpha or LeakyReLU's slope.
+enum class ActivationKind { identity, relu, tanh, sigmoid, silu, gelu, gelu_tanh, elu, leaky_relu, softplus };
+constexpr const char* kActivationNames[] = {"identity", "relu",      "tanh", "sigmoid",    "silu",
+                                            "gelu",     "gelu_tanh", "elu",  "leaky_relu", "softplus"};
+struct Activation {
+  ActivationKind kind;
+  double parameter;
+};
+
+// Layers of a decoder: those of the outputs, whose weights and biases come first, and hidden ones before
+// them; outputs that are fixed. Null if none.
+constexpr int kMostHidden = 3, kMostLayers = kMostParameters + kMostHidden;
 struct HeadTensors {
-  Tensor weight[kMostParameters], bias[kMostParameters], constant[kMostParameters];
+  Tensor weight[kMostLayers], bias[kMostLayers], constant[kMostParameters];
+  int hidden = 0;
+  Activation activation[kMostHidden];
 };
 struct HeadOutputs {
-  Output weight[kMostParameters], bias[kMostParameters], constant[kMostParameters];
+  Output weight[kMostLayers], bias[kMostLayers], constant[kMostParameters];
 };
 
 // Which of the inputs need a gradient.
-constexpr int kMostNeeds = kMostParameters + 2;
+constexpr int kMostNeeds = kMostParameters + 2 + 2 * kMostHidden;
 struct Need {
   bool gradient[kMostNeeds] = {};
   bool operator[](int i) const { return gradient[i]; }
@@ -203,6 +215,10 @@ struct Draw {
   Scale scale;
   double floor;
 };
+
+// Size of a digital net, of which quasi-Monte-Carlo words are made. fastvae/random.py has the definition.
+constexpr i64 kNetColumns = 128;
+constexpr int kNetBits = 30;
 
 // Settings of a draw without a clamp.
 struct Place {

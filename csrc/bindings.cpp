@@ -84,8 +84,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("threaded", [] { return fastvae::openmp().parallel != nullptr; });
   m.def("philox",
         [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {
-          const auto w = fastvae::base::philox_words(c0, c1, c2, c3, seed);
-          return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
+          const std::uint32_t counter[] = {c0, c1, c2, c3};
+          std::uint32_t words[4];
+          fastvae::base::philox_words(counter, seed, words);
+          return py::make_tuple(words[0], words[1], words[2], words[3]);
         });
 
   using namespace fastvae;

@@ -1,13 +1,7 @@
 // Classes of positions, log p = a_x - log sum_c exp(a_c). See fastvae/ops/categorical.py. Lanes are the
 // classes of one position, if these are many and side by side in memory; else positions, or rows where
 // positions are few.
-
-#if defined(FASTVAE_CATEGORICAL_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_CATEGORICAL_HPP
-#undef FASTVAE_CATEGORICAL_HPP
-#else
-#define FASTVAE_CATEGORICAL_HPP
-#endif
+#pragma once
 
 #include <vector>
 
@@ -330,22 +324,5 @@ inline void gradient_of_classes(const ClassRows& a, const Tensor& grad, const Te
   wide ? run(double()) : run(float());
 }
 
-// @param begins (P + 1) or none; @param out (N), normaliser (N, P): of compute type, that is double if
-// `wide`, contiguous; results. Returns false if x holds anything but classes.
-inline bool categorical_log_prob(Tensor x, Tensor begins, Tensor logits, bool last, double ignored, bool wide,
-                                 Output out, Output normaliser, int threads) {
-  return log_prob_of_classes({x, logits, last, ignored, pointer<const i64>(begins.data)}, wide, out,
-                             normaliser, threads);
-}
-// @param grad (N) of compute type. The result is contiguous, in the storage type of the logits.
-inline void categorical_log_prob_backward(Tensor grad, Tensor normaliser, Tensor x, Tensor begins,
-                                          Tensor logits, bool last, double ignored, bool wide, Output to,
-                                          int threads) {
-  gradient_of_classes({x, logits, last, ignored, pointer<const i64>(begins.data)}, grad, normaliser, wide, to,
-                      threads);
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

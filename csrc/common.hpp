@@ -1,12 +1,6 @@
-// Storage types, loads and stores, and sums. Included once per instruction set, inside its namespace. Loops
-// marked `omp simd` run over a tile of a row; everything they call is branch-free, so that they vectorise.
-
-#if defined(FASTVAE_COMMON_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_COMMON_HPP
-#undef FASTVAE_COMMON_HPP
-#else
-#define FASTVAE_COMMON_HPP
-#endif
+// Storage types, loads and stores, and sums. Loops marked `omp simd` run over a tile of a row; everything
+// they call is branch-free, so that they vectorise.
+#pragma once
 
 #include <cstdint>
 #include <cstring>
@@ -25,8 +19,8 @@ namespace fastvae {
 namespace FASTVAE_ISA {
 
 // Marks a loop over a tile as a separate function: inlined into another, GCC forgets that its pointers do not
-// overlap and leaves it scalar.
-#define FASTVAE_LOOP __attribute__((noinline))
+// overlap and leaves it scalar. (`inline`: several units may define it.)
+#define FASTVAE_LOOP inline __attribute__((noinline))
 
 // Marks functions called per element by such loops: one call that is not inlined leaves the loop scalar. Left
 // to itself, GCC stops inlining when a file has grown by some share.
@@ -318,5 +312,3 @@ FASTVAE_LOOP void add_doubles(i64 n, const double* __restrict p, double* __restr
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,13 +1,7 @@
 // Likelihoods of positions that are mixtures over a component axis, log p = log sum_c exp(s_c) - log sum_c
 // exp(a_c): of logits a_c, with s_c = a_c + the components' log-likelihoods. Lanes are positions; components
 // come one after the other, with running maxima and sums.
-
-#if defined(FASTVAE_COMPONENTS_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_COMPONENTS_HPP
-#undef FASTVAE_COMPONENTS_HPP
-#else
-#define FASTVAE_COMPONENTS_HPP
-#endif
+#pragma once
 
 #include <vector>
 
@@ -258,37 +252,5 @@ void components_rows_backward(const ComponentRows& a, const Tensor& grad, const 
   });
 }
 
-// @param out (N), normaliser (N, P), joint (N, P): of compute type, that is double if `wide`, contiguous;
-// results.
-inline void components_log_prob(Tensor x, Tensor logits, Tensor location, Tensor log_scale,
-                                Tensor coefficients, double setting, bool wide, Output out, Output normaliser,
-                                Output joint, int threads) {
-  const ComponentRows a{x, logits, location, log_scale, coefficients, setting};
-  if (wide) {
-    components_rows(a, pointer<double>(out), pointer<double>(normaliser), pointer<double>(joint), threads);
-  } else {
-    components_rows(a, pointer<float>(out), pointer<float>(normaliser), pointer<float>(joint), threads);
-  }
-}
-
-// @param grad (N) of compute type. The results are contiguous, in the storage types of the parameters.
-inline void components_log_prob_backward(Tensor grad, Tensor normaliser, Tensor joint, Tensor x,
-                                         Tensor logits, Tensor location, Tensor log_scale,
-                                         Tensor coefficients, double setting, bool wide, Output to_logits,
-                                         Output to_location, Output to_log_scale, Output to_coefficients,
-                                         int threads) {
-  const ComponentRows a{x, logits, location, log_scale, coefficients, setting};
-  const ComponentsGradients to{to_logits, to_location, to_log_scale, to_coefficients};
-  if (wide) {
-    components_rows_backward(a, grad, pointer<const double>(normaliser.data),
-                             pointer<const double>(joint.data), to, threads);
-  } else {
-    components_rows_backward(a, grad, pointer<const float>(normaliser.data), pointer<const float>(joint.data),
-                             to, threads);
-  }
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

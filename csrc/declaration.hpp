@@ -1,11 +1,5 @@
 // Declaration of a likelihood, in a file of csrc/likelihoods: scalar functions of one element.
-
-#if defined(FASTVAE_DECLARATION_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_DECLARATION_HPP
-#undef FASTVAE_DECLARATION_HPP
-#else
-#define FASTVAE_DECLARATION_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 #include "elementary.hpp"
@@ -65,5 +59,3 @@ struct Slopes {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,11 +1,5 @@
 // Elementary functions, branch-free, so that loops over a tile of a row vectorise.
-
-#if defined(FASTVAE_ELEMENTARY_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_ELEMENTARY_HPP
-#undef FASTVAE_ELEMENTARY_HPP
-#else
-#define FASTVAE_ELEMENTARY_HPP
-#endif
+#pragma once
 
 #include <math.h>  // lgamma_r
 
@@ -434,5 +428,3 @@ inline HalfStep<double> half_step(double z, double log_z) {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,13 +1,7 @@
 // The three products of a linear layer: outputs = h W' + bias, and from the outputs' gradients those of h and
 // of W. Uses torch's BLAS; in float with AVX-512 separate tiles, since that BLAS leaves half of the vectors'
 // width unused on AMD's processors (measured: 107 and 250 of 255 GFLOP/s per core; docs/NOTES.md).
-
-#if defined(FASTVAE_GEMM_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_GEMM_HPP
-#undef FASTVAE_GEMM_HPP
-#else
-#define FASTVAE_GEMM_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 #include "products.hpp"
@@ -173,5 +167,3 @@ struct Layer {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,14 +1,10 @@
-// A likelihood straight from the decoder's last linear layer, whose output is never stored: blocks of rows go
-// through a product, the engine's loops and back through two products while they lie in a core's own cache.
+// A likelihood straight from the decoder's last linear layers, and from hidden layers before them, whose
+// outputs are never stored: blocks of rows go through the products, the engine's loops and back through the
+// products while they lie in a core's own cache.
 // For the mathematics see fastvae/ops/head.py.
+#pragma once
 
-#if defined(FASTVAE_HEAD_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_HEAD_HPP
-#undef FASTVAE_HEAD_HPP
-#else
-#define FASTVAE_HEAD_HPP
-#endif
-
+#include "activations.hpp"
 #include "common.hpp"
 #include "elementary.hpp"
 #include "gemm.hpp"
@@ -20,23 +16,42 @@ namespace fastvae {
 namespace FASTVAE_ISA {
 
 // x (B, X), h (K B, H), sample-major. The first `linear` outputs are products: weight (X, H) and bias (X) of
-// compute type, the bias null for none; the others are fixed: a row (X) or a number.
+// compute type, the bias null for none; the others are fixed: a row (X) or a number. With `hidden` layers,
+// whose weights (W, V) and biases (W) come after those of the outputs, h is the first one's input.
 struct Head {
-  int likelihood, linear, outputs;
-  Tensor x, h, weight[kMostParameters], bias[kMostParameters], constant[kMostParameters];
+  int likelihood, linear, outputs, hidden;
+  Tensor x, h, weight[kMostLayers], bias[kMostLayers], constant[kMostParameters];
+  Activation activation[kMostHidden];
   int threads;
 
   i64 rows() const { return x.n0; }
   i64 columns() const { return x.n1; }
-  i64 inner() const { return h.n1; }
   i64 samples() const { return h.n0 / x.n0; }
+  // Of h, and of each hidden layer's output.
+  i64 width(int stage) const { return stage ? weight[kMostParameters + stage - 1].n0 : h.n1; }
+  i64 inner() const { return width(hidden); }
+  i64 widest() const {
+    i64 most = columns() * linear;
+    for (int i = 0; i <= hidden; ++i) most = width(i) > most ? width(i) : most;
+    return most;
+  }
+  // Whether layer j, in the order of the weights, is there; its outputs and inputs.
+  bool has(int j) const { return j < kMostParameters ? j < linear : j < kMostParameters + hidden; }
+  i64 to(int j) const { return j < kMostParameters ? columns() : width(j - kMostParameters + 1); }
+  i64 from(int j) const { return j < kMostParameters ? inner() : width(j - kMostParameters); }
 };
 
 // Destinations of the gradients, contiguous, of compute type; null where not needed.
 struct HeadGradients {
-  address h, weight[kMostParameters], bias[kMostParameters], constant[kMostParameters];
-  bool any() const {
+  address h, weight[kMostLayers], bias[kMostLayers], constant[kMostParameters];
+  // Of h or of a hidden layer.
+  bool below() const {
     bool found = h != 0;
+    for (int j = kMostParameters; j < kMostLayers; ++j) found |= weight[j] || bias[j];
+    return found;
+  }
+  bool any() const {
+    bool found = below();
     for (int j = 0; j < kMostParameters; ++j) found |= weight[j] || bias[j] || constant[j];
     return found;
   }
@@ -59,17 +74,23 @@ constexpr i64 kKeptBytes = i64{1} << 27;
 // Partial gradients of the weights, each of at least this number of rows, and of at most this number of bytes
 // in all: a function of the shape, so that the bits are the same for any number of threads, up to that of the
 // partials; each further thread has a separate one.
-constexpr i64 kRowsPerPartial = 512, kMostPartials = 64, kPartialBytes = i64{1} << 22;
+constexpr i64 kRowsPerPartial = 512, kMostPartials = 64, kPartialBytes = i64{1} << 23;
 
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+// At most n, without factors that threads would share unevenly: 1, 2, 4, 6, 8, 12, 16, ...
+inline i64 evenly(i64 n) {
+  i64 power = 1;
+  while (2 * power <= n) power *= 2;
+  return power >= 4 && 3 * power / 2 <= n ? 3 * power / 2 : power;
+}
 inline i64 between(i64 low, i64 value, i64 high) { return value < low ? low : value > high ? high : value; }
 
 template <class C>
 i64 rows_per_block(const Head& a) {
-  const i64 row = a.columns() * a.linear * static_cast<i64>(sizeof(C));
-  const i64 fewest = row * a.inner() <= kCachedWeights
-                         ? kFewestBlockRows
-                         : between(kFewestBlockRows, a.inner() / 2, kMostBlockRows / 2);
+  const i64 row = a.widest() * static_cast<i64>(sizeof(C));
+  const i64 weights = a.columns() * a.linear * a.inner() * static_cast<i64>(sizeof(C));
+  const i64 fewest = weights <= kCachedWeights ? kFewestBlockRows
+                                               : between(kFewestBlockRows, a.inner() / 2, kMostBlockRows / 2);
   const i64 fit = kBlockBytes / row, share = ceil_div(a.h.n0, kFewestBlocks);
   return between(fewest, fit < share ? fit : share, kMostBlockRows);
 }
@@ -91,40 +112,66 @@ struct Blocks {
   }
 };
 
-// The layers of the outputs, ready for products.
+// The layers, ready for products.
 template <class C>
 struct Layers {
-  Layer<C> layer[kMostParameters];
+  Layer<C> layer[kMostLayers];
   Scratch<C> packed;
 
-  explicit Layers(const Head& a)
-      : layer{of(a, 0), of(a, 1), of(a, 2)}, packed(a.linear * layer[0].packed_size()) {
-    for (int j = 0; j < a.linear; ++j) layer[j].pack(packed.data + j * layer[j].packed_size(), a.threads);
+  explicit Layers(const Head& a) : packed(read(a, layer)) {
+    C* to = packed.data;
+    for (int j = 0; j < kMostLayers; ++j) {
+      if (!a.has(j)) continue;
+      layer[j].pack(to, a.threads);
+      to += layer[j].packed_size();
+    }
   }
-  static Layer<C> of(const Head& a, int j) {
-    return {pointer<const C>(a.weight[j].data), pointer<const C>(a.bias[j].data), a.weight[j].s0, a.columns(),
-            a.inner()};
+
+ private:
+  // Returns the number of elements that packing needs.
+  static i64 read(const Head& a, Layer<C>* layers) {
+    i64 size = 0;
+    for (int j = 0; j < kMostLayers; ++j) {
+      if (!a.has(j)) continue;
+      layers[j] = {pointer<const C>(a.weight[j].data), pointer<const C>(a.bias[j].data), a.weight[j].s0,
+                   a.to(j), a.from(j)};
+      size += layers[j].packed_size();
+    }
+    return size;
   }
 };
 
-// A thread's buffers for blocks of up to `most` rows, and the steps of a block.
+// A thread's buffers for `kept` rows, whose gradients are computed in blocks of up to `most` rows, and the
+// steps of a block. Its place among the kept rows is `at`.
 template <class C>
 struct HeadWorker {
   const Head& a;
   const Layer<C>* const layers;
-  const i64 columns, inner;
-  Scratch<C> h, out, grad, back;
+  const i64 kept, columns;
+  // h and the values of each hidden layer, and the arguments of activations whose derivative needs them.
+  Scratch<C> stages, arguments, outputs, grad, back;
 
-  HeadWorker(const Head& head, const Layer<C>* its, i64 kept, i64 most, bool backward)
-      : a(head), layers(its), columns(head.columns()), inner(head.inner()), h(kept * inner),
-        out(kept * columns * head.linear), grad(backward ? most * columns * head.outputs : 1),
-        back(backward ? most * inner : 1) {}
+  HeadWorker(const Head& head, const Layer<C>* its, i64 rows, i64 most, bool backward)
+      : a(head), layers(its), kept(rows), columns(head.columns()),
+        stages(kept * width_before(head.hidden + 1)),
+        arguments(backward && head.hidden ? kept * width_before(head.hidden + 1) : 1),
+        outputs(kept * columns * head.linear), grad(backward ? most * columns * head.outputs : 1),
+        back(backward ? 2 * most * head.widest() : 1) {}
+
+  i64 width_before(int stage) const {
+    i64 sum = 0;
+    for (int i = 0; i < stage; ++i) sum += a.width(i);
+    return sum;
+  }
+  C* stage(int i, i64 at) const { return stages.data + kept * width_before(i) + at * a.width(i); }
+  C* argument(int i, i64 at) const { return arguments.data + kept * width_before(i) + at * a.width(i); }
+  const C* out(i64 at) const { return outputs.data + at * columns * a.linear; }
 
   void gather(const Block& block, C* to) const {
     const Storage<C>& s = storage<C>(a.h.dtype);
-    const int n = static_cast<int>(inner);
+    const int n = static_cast<int>(a.h.n1);
     for (i64 k = 0; k < block.samples; ++k) {
-      for (i64 b = 0; b < block.rows; ++b, to += inner) {
+      for (i64 b = 0; b < block.rows; ++b, to += n) {
         const i64 row = (block.k + k) * a.rows() + block.b + b;
         const C* read = s.load(to, a.h.data + static_cast<address>(row * a.h.s0 * s.size), a.h.s1, n);
         if (read != to) copy(to, read, n);
@@ -132,8 +179,20 @@ struct HeadWorker {
     }
   }
   // The outputs of a block, one after the other, each (samples, rows, X).
-  void multiply(i64 n, const C* from, C* to) const {
-    for (int j = 0; j < a.linear; ++j) layers[j].outputs(n, from, to + j * n * columns);
+  void forward(const Block& block, i64 at, bool backward) const {
+    const i64 n = block.size();
+    gather(block, stage(0, at));
+    for (int i = 1; i <= a.hidden; ++i) {
+      const Activation& activation = a.activation[i - 1];
+      C* const values = stage(i, at);
+      const i64 size = n * a.width(i);
+      layers[kMostParameters + i - 1].outputs(n, stage(i - 1, at), values);
+      if (backward && !slope_of_value(activation))
+        std::memcpy(argument(i, at), values, static_cast<std::size_t>(size) * sizeof(C));
+      activate(activation, size, values);
+    }
+    for (int j = 0; j < a.linear; ++j)
+      layers[j].outputs(n, stage(a.hidden, at), outputs.data + (at * a.linear + j * n) * columns);
   }
   // The block as the engine takes it.
   Rows rows(const Block& block, const C* from) const {
@@ -185,9 +244,8 @@ bool head_rows(const Head& a, C* out) {
     const Scratch<C> sums(most);
     for (i64 unit = begin; unit < end; ++unit) {
       const Block block = blocks[unit];
-      work.gather(block, work.h.data);
-      work.multiply(block.size(), work.h.data, work.out.data);
-      if (!reduce_rows(work.rows(block, work.out.data), sums.data))
+      work.forward(block, 0, false);
+      if (!reduce_rows(work.rows(block, work.out(0)), sums.data))
         __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
       for (i64 k = 0; k < block.samples; ++k)
         copy(out + (block.k + k) * a.rows() + block.b, sums.data + k * block.rows,
@@ -201,73 +259,99 @@ bool head_rows(const Head& a, C* out) {
 template <class C>
 struct HeadSums {
   const Head& a;
-  C *weight[kMostParameters] = {}, *constant[kMostParameters] = {};
-  double* bias[kMostParameters] = {};
+  C *weight[kMostLayers] = {}, *constant[kMostParameters] = {};
+  double* bias[kMostLayers] = {};
   bool first = true;
   explicit HeadSums(const Head& head) : a(head) {}
 };
 
-// The gradients of a block whose outputs and rows of h are loaded; g (samples, rows) is the upstream
-// gradient.
+// The gradients of a layer's weight and bias from that of its outputs.
 template <class C>
-void head_block_backward(HeadWorker<C>& work, const Block& block, const C* h, const C* out, const C* g,
-                         i64 g_stride, const HeadGradients& to, HeadSums<C>& sums) {
+void layer_backward(const HeadWorker<C>& work, int j, i64 n, const C* from, const C* grad,
+                    const HeadGradients& to, HeadSums<C>& sums) {
+  const i64 columns = work.a.to(j);
+  if (to.weight[j]) work.layers[j].to_weight(n, from, grad, !sums.first, sums.weight[j]);
+  for (i64 i = 0; i < n && to.bias[j]; ++i)
+    add_to(static_cast<int>(columns), grad + i * columns, sums.bias[j]);
+}
+
+// The gradients of a block whose forward() has been called; g (samples, rows) is the upstream gradient.
+template <class C>
+void head_block_backward(HeadWorker<C>& work, const Block& block, i64 at, const C* g, i64 g_stride,
+                         const HeadGradients& to, HeadSums<C>& sums) {
   const Head& a = work.a;
-  const i64 n = block.size(), columns = work.columns, inner = work.inner;
+  const i64 n = block.size(), columns = work.columns;
+  const bool below = to.below();
   RowGradients gradients{};
   gradients.grad = {reinterpret_cast<address>(g), std::is_same<C, double>::value, g_stride, 1};
   C* const grad = work.grad.data;
   for (int j = 0; j < a.outputs; ++j) {
-    if (j < a.linear ? to.h || to.weight[j] || to.bias[j] : to.constant[j] != 0)
+    if (j < a.linear ? below || to.weight[j] || to.bias[j] : to.constant[j] != 0)
       gradients.p[j] = reinterpret_cast<address>(grad + j * n * columns);
   }
-  reduce_rows_backward<C>(work.rows(block, out), gradients);
+  reduce_rows_backward<C>(work.rows(block, work.out(at)), gradients);
+  C *back = work.back.data, *next = back + n * a.widest();
   for (int j = 0; j < a.outputs; ++j) {
     const C* its = grad + j * n * columns;
     if (j >= a.linear) {
       if (to.constant[j]) add_elements(a.constant[j].size(), its, sums.constant[j]);
       continue;
     }
-    if (to.weight[j]) work.layers[j].to_weight(n, h, its, !sums.first, sums.weight[j]);
-    for (i64 i = 0; i < n && to.bias[j]; ++i)
-      add_to(static_cast<int>(columns), its + i * columns, sums.bias[j]);
-    if (to.h) work.layers[j].to_inputs(n, its, j > 0, work.back.data);
+    layer_backward(work, j, n, work.stage(a.hidden, at), its, to, sums);
+    if (below) work.layers[j].to_inputs(n, its, j > 0, back);
+  }
+  for (int i = a.hidden; i > 0 && below; --i) {
+    const Activation& activation = a.activation[i - 1];
+    activate_backward(activation, n * a.width(i),
+                      slope_of_value(activation) ? work.stage(i, at) : work.argument(i, at), back);
+    const int j = kMostParameters + i - 1;
+    layer_backward(work, j, n, work.stage(i - 1, at), back, to, sums);
+    if (i == 1 && !to.h) break;
+    work.layers[j].to_inputs(n, back, false, next);
+    std::swap(back, next);
   }
   sums.first = false;
   if (!to.h) return;
-  const C* from = work.back.data;
+  const i64 width = a.h.n1;
   for (i64 k = 0; k < block.samples; ++k) {
-    C* row = pointer<C>(to.h) + ((block.k + k) * a.rows() + block.b) * inner;
-    copy(row, from + k * block.rows * inner, static_cast<int>(block.rows * inner));
+    C* row = pointer<C>(to.h) + ((block.k + k) * a.rows() + block.b) * width;
+    copy(row, back + k * block.rows * width, static_cast<int>(block.rows * width));
   }
 }
 
 // Calls body(unit, sums) for all units in groups, and adds the groups' sums in their order.
 template <class C, class F>
 void head_groups(const Head& a, const HeadGradients& to, i64 units, F body) {
-  i64 elements = 0;
-  for (int j = 0; j < a.linear; ++j) elements += to.weight[j] ? a.columns() * a.inner() : 0;
+  i64 elements = 0, biases = 0;
+  for (int j = 0; j < kMostLayers; ++j) {
+    if (!a.has(j)) continue;
+    elements += to.weight[j] ? a.to(j) * a.from(j) : 0;
+    biases += a.to(j);
+  }
   const i64 fit = elements > 0 ? kPartialBytes / (elements * static_cast<i64>(sizeof(C))) : kMostPartials;
   i64 groups = a.h.n0 / kRowsPerPartial;
   groups = groups < fit ? groups : fit;
-  groups = groups < kMostPartials ? groups : kMostPartials;
+  groups = evenly(between(1, groups, kMostPartials));
   groups = groups < a.threads ? a.threads : groups;
   groups = groups < units ? groups : units;
   // The first group's sums of weights are the result itself.
-  const i64 columns = a.columns(), size = columns * a.inner();
+  const i64 columns = a.columns();
   const Scratch<C> partial((groups - 1) * elements);
   std::vector<C> constant(static_cast<std::size_t>(groups * columns * a.outputs));
-  std::vector<double> bias(static_cast<std::size_t>(groups * columns * a.outputs));
+  std::vector<double> bias(static_cast<std::size_t>(groups * biases));
   const auto sums_of = [&](i64 group) {
     HeadSums<C> sums(a);
     C* at = partial.data + (group - 1) * elements;
-    for (int j = 0; j < a.outputs; ++j) {
-      const auto small = static_cast<std::size_t>((group * a.outputs + j) * columns);
-      sums.constant[j] = &constant[small];
-      sums.bias[j] = &bias[small];
-      if (j >= a.linear || !to.weight[j]) continue;
+    double* at_bias = bias.data() + group * biases;
+    for (int j = 0; j < a.outputs; ++j)
+      sums.constant[j] = &constant[static_cast<std::size_t>((group * a.outputs + j) * columns)];
+    for (int j = 0; j < kMostLayers; ++j) {
+      if (!a.has(j)) continue;
+      sums.bias[j] = at_bias;
+      at_bias += a.to(j);
+      if (!to.weight[j]) continue;
       sums.weight[j] = group == 0 ? pointer<C>(to.weight[j]) : at;
-      at += size;
+      at += a.to(j) * a.from(j);
     }
     return sums;
   };
@@ -278,18 +362,20 @@ void head_groups(const Head& a, const HeadGradients& to, i64 units, F body) {
     }
   });
   const HeadSums<C> all = sums_of(0);
-  for (int j = 0; j < a.outputs; ++j) {
-    for (i64 group = 1; group < groups; ++group) {
-      const HeadSums<C> sums = sums_of(group);
-      add_elements(columns, sums.constant[j], all.constant[j]);
-      add_doubles(columns, sums.bias[j], all.bias[j]);
-    }
+  for (int j = a.linear; j < a.outputs; ++j) {
+    for (i64 group = 1; group < groups; ++group)
+      add_elements(columns, sums_of(group).constant[j], all.constant[j]);
     if (to.constant[j])
       copy(pointer<C>(to.constant[j]), all.constant[j], static_cast<int>(a.constant[j].size()));
+  }
+  for (int j = 0; j < kMostLayers; ++j) {
+    if (!a.has(j)) continue;
+    for (i64 group = 1; group < groups; ++group) add_doubles(a.to(j), sums_of(group).bias[j], all.bias[j]);
     C* to_bias = pointer<C>(to.bias[j]);
-    for (i64 i = 0; i < columns && to_bias; ++i) to_bias[i] = static_cast<C>(all.bias[j][i]);
-    if (j >= a.linear || !to.weight[j]) continue;
+    for (i64 i = 0; i < a.to(j) && to_bias; ++i) to_bias[i] = static_cast<C>(all.bias[j][i]);
+    if (!to.weight[j]) continue;
     constexpr i64 kPart = 4096;
+    const i64 size = a.to(j) * a.from(j);
     parallel(a.threads, ceil_div(size, kPart), groups * size, [&](i64 begin, i64 end) {
       const i64 stop = end * kPart < size ? end * kPart : size;
       for (i64 group = 1; group < groups; ++group)
@@ -315,9 +401,8 @@ void head_rows_backward(const Head& a, const Tensor& grad, const HeadGradients& 
         const C* row = pointer<const C>(grad.data) + (block.k + k) * grad.s0 + block.b * grad.s1;
         for (i64 b = 0; b < block.rows; ++b) g.data[k * block.rows + b] = row[b * grad.s1];
       }
-      work.gather(block, work.h.data);
-      work.multiply(block.size(), work.h.data, work.out.data);
-      head_block_backward(work, block, work.h.data, work.out.data, g.data, block.rows, to, sums);
+      work.forward(block, 0, true);
+      head_block_backward(work, block, 0, g.data, block.rows, to, sums);
     }
   });
 }
@@ -341,8 +426,9 @@ bool head_reduce_once(const Head& a, const BoundReduction& w, C* bound, const Re
                       const HeadGradients& gradients) {
   const i64 step = rows_per_block<C>(a), samples = a.samples(), all_rows = a.rows();
   const Blocks spans(a, step, true);
-  const i64 width = a.columns() * a.linear, whole = spans.samples * spans.rows,
-            most = whole < step ? whole : step;
+  i64 width = a.columns() * a.linear;
+  for (int i = 0; i <= a.hidden; ++i) width += 2 * a.width(i);
+  const i64 whole = spans.samples * spans.rows, most = whole < step ? whole : step;
   const bool keep = whole * width * static_cast<i64>(sizeof(C)) * a.threads <= kKeptBytes;
   const Layers<C> layers(a);
   bool outside = false;
@@ -357,17 +443,11 @@ bool head_reduce_once(const Head& a, const BoundReduction& w, C* bound, const Re
         return Block{k, span.samples - k < at_once ? span.samples - k : at_once, span.b, span.rows};
       };
       const auto place = [&](i64 k) { return keep ? k * span.rows : 0; };
-      const auto make = [&](const Block& block) {
-        work.gather(block, work.h.data + place(block.k) * work.inner);
-        work.multiply(block.size(), work.h.data + place(block.k) * work.inner,
-                      work.out.data + place(block.k) * width);
-      };
       for (i64 k = 0; k < span.samples; k += at_once) {
         const Block block = part(k);
-        make(block);
-        if (!reduce_rows(work.rows(block, work.out.data + place(k) * width), log_p.data + k * span.rows)) {
+        work.forward(block, place(k), true);
+        if (!reduce_rows(work.rows(block, work.out(place(k))), log_p.data + k * span.rows))
           __atomic_store_n(&outside, true, __ATOMIC_RELAXED);
-        }
       }
       const BoundReduction own = reduction_of<C>(w, span);
       bounds_of_rows(own, log_p.data, bound + span.b,
@@ -384,10 +464,8 @@ bool head_reduce_once(const Head& a, const BoundReduction& w, C* bound, const Re
       }
       for (i64 k = 0; k < span.samples; k += at_once) {
         const Block block = part(k);
-        if (!keep) make(block);
-        head_block_backward(work, block, work.h.data + place(k) * work.inner,
-                            work.out.data + place(k) * width, log_p.data + k * span.rows, span.rows,
-                            gradients, sums);
+        if (!keep) work.forward(block, place(k), true);
+        head_block_backward(work, block, place(k), log_p.data + k * span.rows, span.rows, gradients, sums);
       }
     }
   });
@@ -417,10 +495,13 @@ bool head_reduce(const Head& a, const BoundReduction& w, const ReductionResults&
 
 // @param t weights and biases of the outputs that are products, then the fixed ones: each a tensor or null.
 inline Head head_of(int likelihood, const Tensor& x, const Tensor& h, const HeadTensors& t, int threads) {
-  Head a{likelihood, 0, 0, x, h, {}, {}, {}, threads};
-  for (int j = 0; j < kMostParameters; ++j) {
+  Head a{likelihood, 0, 0, t.hidden, x, h, {}, {}, {}, {}, threads};
+  for (int j = 0; j < kMostLayers; ++j) {
     a.weight[j] = t.weight[j];
     a.bias[j] = t.bias[j];
+  }
+  for (int i = 0; i < t.hidden; ++i) a.activation[i] = t.activation[i];
+  for (int j = 0; j < kMostParameters; ++j) {
     a.constant[j] = t.constant[j];
     a.linear += t.weight[j].data != 0;
     a.outputs += t.weight[j].data != 0 || t.constant[j].data != 0;
@@ -429,42 +510,13 @@ inline Head head_of(int likelihood, const Tensor& x, const Tensor& h, const Head
 }
 inline HeadGradients head_gradients_of(const Output& h, const HeadOutputs& t) {
   HeadGradients to{h, {}, {}, {}};
-  for (int j = 0; j < kMostParameters; ++j) {
+  for (int j = 0; j < kMostLayers; ++j) {
     to.weight[j] = t.weight[j];
     to.bias[j] = t.bias[j];
-    to.constant[j] = t.constant[j];
   }
+  for (int j = 0; j < kMostParameters; ++j) to.constant[j] = t.constant[j];
   return to;
-}
-
-// All tensors but x and h are of compute type, double if `wide`. Returns false if x lies outside of the
-// support.
-inline bool head_log_prob(int likelihood, Tensor x, Tensor h, HeadTensors tensors, bool wide, Output out,
-                          int threads) {
-  const Head a = head_of(likelihood, x, h, tensors, threads);
-  return wide ? head_rows(a, pointer<double>(out)) : head_rows(a, pointer<float>(out));
-}
-inline void head_log_prob_backward(int likelihood, Tensor grad, Tensor x, Tensor h, HeadTensors tensors,
-                                   bool wide, Output to_h, HeadOutputs outputs, int threads) {
-  const Head a = head_of(likelihood, x, h, tensors, threads);
-  const HeadGradients to = head_gradients_of(to_h, outputs);
-  wide ? head_rows_backward<double>(a, grad, to) : head_rows_backward<float>(a, grad, to);
-}
-// With gradients, which need a sum or a mean over the batch, or without.
-inline bool head_reduce_rows(int likelihood, Tensor x, Tensor h, HeadTensors tensors, Tensor term,
-                             Tensor beta, How how, bool wide, Output bound, Output log_likelihood,
-                             Output weights, Output to_h, HeadOutputs outputs, int threads) {
-  const Head a = head_of(likelihood, x, h, tensors, threads);
-  Tensor full = x;
-  full.axes = 2;
-  full.n0 = h.n0;
-  const BoundReduction w(likelihood, x, {}, 1, &full, term, beta, how, threads);
-  const ReductionResults to{bound, log_likelihood, weights};
-  const HeadGradients gradients = head_gradients_of(to_h, outputs);
-  return wide ? head_reduce<double>(a, w, to, gradients) : head_reduce<float>(a, w, to, gradients);
 }
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,22 +1,16 @@
 // Likelihood engine: log p(x|z) of rows (k, b) of parameters, summed over the event, and its gradients.
 //
 // A likelihood is a declaration of scalar functions, in a file of csrc/likelihoods. It is compiled to a few
-// loops over a tile, in float and in double, which are called through a table (likelihood_loops.hpp). Reading
+// loops over a tile, in float and in double, which are called through a table (likelihood_table.hpp). Reading
 // of rows (likelihood_rows.hpp), iteration over them, conversions from and to storage types, broadcasting and
 // sums are written once.
-
-#if defined(FASTVAE_LIKELIHOOD_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOOD_HPP
-#undef FASTVAE_LIKELIHOOD_HPP
-#else
-#define FASTVAE_LIKELIHOOD_HPP
-#endif
+#pragma once
 
 #include <type_traits>
 #include <vector>
 
 #include "common.hpp"
-#include "likelihood_loops.hpp"
+#include "likelihood_table.hpp"
 #include "likelihood_rows.hpp"
 #include "storage.hpp"
 #include "tiles.hpp"
@@ -272,17 +266,5 @@ void reduce_rows_backward(const Rows& a, const RowGradients& to) {
   }
 }
 
-// @param out (K, B) of compute type, which is double if `wide`: contiguous, written. Returns true if x lies
-// in the support.
-inline bool log_prob(const Rows& a, bool wide, Output out) {
-  return wide ? reduce_rows(a, pointer<double>(out)) : reduce_rows(a, pointer<float>(out));
-}
-
-inline void log_prob_backward(const Rows& a, bool wide, const RowGradients& to) {
-  wide ? reduce_rows_backward<double>(a, to) : reduce_rows_backward<float>(a, to);
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,12 +1,6 @@
 // Rows of a likelihood's data and parameters, read tile by tile: long rows in parts, short ones many at a
 // time.
-
-#if defined(FASTVAE_LIKELIHOOD_ROWS_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOOD_ROWS_HPP
-#undef FASTVAE_LIKELIHOOD_ROWS_HPP
-#else
-#define FASTVAE_LIKELIHOOD_ROWS_HPP
-#endif
+#pragma once
 
 #include <cstdint>
 #include <cstring>
@@ -14,7 +8,7 @@
 
 #include "common.hpp"
 #include "elementary.hpp"
-#include "likelihood_loops.hpp"
+#include "likelihood_table.hpp"
 #include "storage.hpp"
 #include "tiles.hpp"
 
@@ -439,5 +433,3 @@ struct ShortRows {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,11 +1,5 @@
 // log-mean-exp over samples, and its gradient. See fastvae/ops/logsumexp.py for the mathematics.
-
-#if defined(FASTVAE_LOGSUMEXP_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LOGSUMEXP_HPP
-#undef FASTVAE_LOGSUMEXP_HPP
-#else
-#define FASTVAE_LOGSUMEXP_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 #include "elementary.hpp"
@@ -174,28 +168,5 @@ void log_mean_exp_weights(T* out, View<const compute_t<T>> grad, View<const T> l
   });
 }
 
-// @param bound, maximum, total (N): written; @param log_w (K, N)
-inline void log_mean_exp(Output bound, Output maximum, Output total, const Tensor& log_w, int threads) {
-  for_dtype(log_w.dtype, [&](auto t) {
-    using T = decltype(t);
-    using C = compute_t<T>;
-    log_mean_exp_columns<T>(view<const T>(log_w), log_w.n0, log_w.n1, pointer<C>(bound), pointer<C>(maximum),
-                            pointer<C>(total), threads);
-  });
-}
-
-// @param out (K, N): written; @param grad (N), @param log_w (K, N), @param maximum, total (N): contiguous
-inline void log_mean_exp_backward(Output out, const Tensor& grad, const Tensor& log_w, Output maximum,
-                                  Output total, int threads) {
-  for_dtype(log_w.dtype, [&](auto t) {
-    using T = decltype(t);
-    using C = compute_t<T>;
-    log_mean_exp_weights<T>(pointer<T>(out), view<const C>(grad), view<const T>(log_w),
-                            pointer<const C>(maximum), pointer<const C>(total), log_w.n0, log_w.n1, threads);
-  });
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

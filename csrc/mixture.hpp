@@ -2,13 +2,7 @@
 // - mu_ud) / sigma_ud. The differences are computed directly: products of z^2, z and the parameters would
 // lose (mu / sigma)^2 roundings. Lanes are components; rows come in units, whose scores for a block of
 // components are all that is kept of [N, U].
-
-#if defined(FASTVAE_MIXTURE_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_MIXTURE_HPP
-#undef FASTVAE_MIXTURE_HPP
-#else
-#define FASTVAE_MIXTURE_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 #include "elementary.hpp"
@@ -383,30 +377,5 @@ void mixture_rows_backward(const NormalMixture& a, const Tensor& grad, const Ten
   }
 }
 
-// @param out (N), maximum (N), total (N): of the dtype of all, contiguous, written.
-inline void mixture_log_prob(Tensor z, Tensor mu, Tensor logvar, Tensor log_weight, Output out,
-                             Output maximum, Output total, int threads) {
-  const NormalMixture a{z, mu, logvar, log_weight};
-  if (z.dtype == kFloat64) {
-    mixture_rows(a, pointer<double>(out), pointer<double>(maximum), pointer<double>(total), threads);
-  } else {
-    mixture_rows(a, pointer<float>(out), pointer<float>(maximum), pointer<float>(total), threads);
-  }
-}
-inline void mixture_log_prob_backward(Tensor grad, Tensor maximum, Tensor total, Tensor z, Tensor mu,
-                                      Tensor logvar, Tensor log_weight, Output to_z, Output to_mu,
-                                      Output to_logvar, Output to_log_weight, int threads) {
-  const NormalMixture a{z, mu, logvar, log_weight};
-  const auto run = [&](auto zero) {
-    using C = decltype(zero);
-    const MixtureGradients<C> to{pointer<C>(to_z), pointer<C>(to_mu), pointer<C>(to_logvar),
-                                 pointer<C>(to_log_weight)};
-    mixture_rows_backward<C>(a, grad, maximum, total, to, threads);
-  };
-  z.dtype == kFloat64 ? run(double()) : run(float());
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,12 +1,6 @@
 // Counts over an event, log p = sum_i x_i (a_i - log sum_j exp(a_j)) + log n! - sum_i log x_i!, n = sum x.
 // See fastvae/ops/multinomial.py. A row's x is read once for all samples; the logits once per direction.
-
-#if defined(FASTVAE_MULTINOMIAL_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_MULTINOMIAL_HPP
-#undef FASTVAE_MULTINOMIAL_HPP
-#else
-#define FASTVAE_MULTINOMIAL_HPP
-#endif
+#pragma once
 
 #include "categorical.hpp"
 #include "common.hpp"
@@ -272,32 +266,5 @@ void count_rows_backward(const CountRows& a, const Tensor& grad, const C* normal
   });
 }
 
-// @param out (N), normaliser (N), total (B): of compute type, that is double if `wide`, contiguous; results.
-// Returns false for negative counts, or columns of a sparse x that do not ascend in [0, X).
-inline bool multinomial_log_prob(Tensor x, Tensor begins, Tensor columns, Tensor mask, Tensor logits,
-                                 bool coefficient, bool wide, Output out, Output normaliser, Output total,
-                                 int threads) {
-  const CountRows a{x, begins, columns, mask, logits};
-  const auto run = [&](auto zero) {
-    using C = decltype(zero);
-    return count_rows<C>(a, coefficient, pointer<C>(out), pointer<C>(normaliser), pointer<C>(total), threads);
-  };
-  return wide ? run(double()) : run(float());
-}
-// @param grad (N) of compute type. The result is contiguous, in the storage type of the logits.
-inline void multinomial_log_prob_backward(Tensor grad, Tensor normaliser, Tensor total, Tensor x,
-                                          Tensor begins, Tensor columns, Tensor mask, Tensor logits,
-                                          bool wide, Output to, int threads) {
-  const CountRows a{x, begins, columns, mask, logits};
-  const auto run = [&](auto zero) {
-    using C = decltype(zero);
-    count_rows_backward<C>(a, grad, pointer<const C>(normaliser.data), pointer<const C>(total.data), to,
-                           threads);
-  };
-  wide ? run(double()) : run(float());
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

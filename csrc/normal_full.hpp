@@ -1,13 +1,7 @@
 // Reparameterised sampling with a full covariance, and the density of the samples. See
 // fastvae/ops/normal_full.py for the mathematics. A row's samples are a product with a triangular matrix:
 // lanes are the columns of the result, and steps end where the triangle does.
-
-#if defined(FASTVAE_NORMAL_FULL_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_NORMAL_FULL_HPP
-#undef FASTVAE_NORMAL_FULL_HPP
-#else
-#define FASTVAE_NORMAL_FULL_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 #include "elementary.hpp"
@@ -245,29 +239,5 @@ void full_gradients(Output to_mu, Output to_tril, const Tensor& grad_z, const Te
   });
 }
 
-// @param z (K, B, D), @param log_q (K, B), @param eps (B, K, D) or null: written
-// @param mu (B, D), @param tril (B, D (D + 1) / 2) of the same dtype
-inline void rsample_tril(Output z, Output log_q, Output eps, const Tensor& mu, const Tensor& tril,
-                         Output seed, const Place& place, int threads) {
-  for_dtype(mu.dtype, [&](auto t) {
-    full_draws<decltype(t)>(z, log_q, eps, mu, tril, *pointer<const std::uint64_t>(seed), place, threads);
-  });
-}
-
-// @param to_mu (B, D), @param to_tril (B, D (D + 1) / 2): written, null where not needed
-// @param grad_z (K, B, D) or (K B, D), @param grad_log_q (K, B): null where the result has no upstream
-// gradient
-// @param eps from the forward pass; may be null if grad_z or to_tril is
-inline void rsample_tril_backward(Output to_mu, Output to_tril, const Tensor& grad_z,
-                                  const Tensor& grad_log_q, const Tensor& eps, const Tensor& mu,
-                                  const Tensor& tril, const Place& place, int threads) {
-  for_dtype(mu.dtype, [&](auto t) {
-    full_gradients<decltype(t)>(to_mu, to_tril, grad_z.stacked(place.samples), grad_log_q, eps, mu, tril,
-                                place, threads);
-  });
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,11 +1,5 @@
 // Tiles of a diagonal normal q and its prior, which the forward and backward pass of normal_diagonal share.
-
-#if defined(FASTVAE_NORMAL_TILES_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_NORMAL_TILES_HPP
-#undef FASTVAE_NORMAL_TILES_HPP
-#else
-#define FASTVAE_NORMAL_TILES_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 #include "elementary.hpp"
@@ -150,5 +144,3 @@ FASTVAE_INLINE C log_variances(const LatentArrays<C>& q, int i) {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

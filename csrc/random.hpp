@@ -1,12 +1,6 @@
 // Philox4x32-10 and Box-Muller: noise as a function of its address. fastvae/random.py has the definition.
 // Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
-
-#if defined(FASTVAE_RANDOM_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_RANDOM_HPP
-#undef FASTVAE_RANDOM_HPP
-#else
-#define FASTVAE_RANDOM_HPP
-#endif
+#pragma once
 
 #include "elementary.hpp"
 #include "tiles.hpp"
@@ -192,10 +186,6 @@ FASTVAE_LOOP void interleave(int calls, const C (*planes)[kCalls], C* out) {
 #endif
 }
 
-// Quasi-Monte-Carlo words, of a digital net. fastvae/random.py has the definition.
-constexpr i64 kNetColumns = 128;
-constexpr int kNetBits = 30;
-
 // The noise of one tile at a time: rows of the same columns and the same sample, or samples of the same
 // columns and the same row.
 template <class C>
@@ -291,43 +281,5 @@ class Noise {
   C radii_[kCalls], planes_[4][kCalls], normals_[kTile];
 };
 
-// The noise itself.
-// @param out (samples, rows, columns): float, or double with `wide`
-// @param seed the address of an int64
-// @param net of quasi-Monte-Carlo noise (kNetBits, kNetColumns) int64
-// @param randomisations of it, as many as there are seeds; 0 for none
-inline void normal(Output out, bool wide, Output seed, Output net, i64 randomisations, i64 samples, i64 rows,
-                   i64 columns, i64 sample_offset, i64 row_offset, i64 level, int threads) {
-  auto run = [&](auto zero) {
-    using C = decltype(zero);
-    const Key key(*pointer<const std::uint64_t>(seed));
-    const i64 height = rows_per_tile(rows, columns), tiles = (rows + height - 1) / height;
-    parallel(threads, samples * tiles, samples * rows * columns, [&](i64 begin, i64 end) {
-      Noise<C> noise(key, sample_offset, row_offset, static_cast<std::uint32_t>(level));
-      for (i64 unit = begin; unit < end; ++unit) {
-        const i64 k = unit / tiles, b = unit % tiles * height;
-        for (i64 column = 0; column < columns; column += kTile) {
-          const Tile tile = tile_of(rows, b, height, columns, column);
-          noise.shape(column, tile);
-          const C* eps = randomisations ? noise.of_net(k, b, pointer<const std::uint64_t>(seed),
-                                                       randomisations, pointer<const i64>(net))
-                                        : noise(k, b);
-          C* p = pointer<C>(out) + (k * rows + b) * columns + column;
-          for (int r = 0; r < tile.rows; ++r) copy(p + r * columns, eps + r * tile.pitch, tile.n);
-        }
-      }
-    });
-  };
-  wide ? run(double{}) : run(float{});
-}
-
-// The random words of one counter, for the known-answer test.
-FASTVAE_INLINE Words philox_words(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
-                                  std::uint64_t seed) {
-  return philox({c0, c1, c2, c3}, Key(seed));
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,12 +1,6 @@
 // The bound of a batch: log p(x|z) of every row plus the term of q and p, reduced over samples and over the
 // batch; and the gradients. See fastvae/ops/reduce.py for the mathematics.
-
-#if defined(FASTVAE_REDUCE_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_REDUCE_HPP
-#undef FASTVAE_REDUCE_HPP
-#else
-#define FASTVAE_REDUCE_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 #include "elementary.hpp"
@@ -194,16 +188,5 @@ void reduce_samples_backward(const BoundReduction& w, const ReductionGradients& 
   reduce_rows_backward<C>(w.rows, gradients);
 }
 
-inline bool reduce(const BoundReduction& w, bool wide, const ReductionResults& to) {
-  return wide ? reduce_samples<double>(w, to) : reduce_samples<float>(w, to);
-}
-inline void reduce_backward(const BoundReduction& w, bool wide, const ReductionGradients& from,
-                            const RowGradients& to, address out_term) {
-  wide ? reduce_samples_backward<double>(w, from, to, out_term)
-       : reduce_samples_backward<float>(w, from, to, out_term);
-}
-
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,11 +1,5 @@
 // Tensors of any dtype, read and written as numbers of the compute type.
-
-#if defined(FASTVAE_STORAGE_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_STORAGE_HPP
-#undef FASTVAE_STORAGE_HPP
-#else
-#define FASTVAE_STORAGE_HPP
-#endif
+#pragma once
 
 #include <cstdint>
 #include <type_traits>
@@ -79,5 +73,3 @@ const Storage<C>& storage(int dtype) {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

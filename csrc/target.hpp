@@ -1,6 +1,16 @@
-// Instruction set for which kernels are compiled. Their headers are included once for each, in a namespace
-// named after it, and their include guards therefore compare two macros: FASTVAE_TOGGLE changes from one
-// inclusion of kernels.hpp to the next. A header opened alone is compiled for the base instruction set.
+// The instruction set for which this file is compiled, a namespace's name, and those that the compiler knows.
+// unit.hpp sets it; a header opened alone is compiled for the base instruction set.
+#pragma once
+
+// FASTVAE_BASE_ONLY: a quick build for development, sanitisers and mutation checks.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(FASTVAE_BASE_ONLY)
+#define FASTVAE_AVX2 1
+// Untested with clang.
+#ifndef __clang__
+#define FASTVAE_AVX512 1
+#endif
+#endif
+
 #ifndef FASTVAE_ISA
 #define FASTVAE_ISA base
 #endif

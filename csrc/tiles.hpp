@@ -1,12 +1,6 @@
 // Partition of rows, columns and samples into tiles: functions of the shape alone, so that results do not
 // depend on threads.
-
-#if defined(FASTVAE_TILES_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_TILES_HPP
-#undef FASTVAE_TILES_HPP
-#else
-#define FASTVAE_TILES_HPP
-#endif
+#pragma once
 
 #include "common.hpp"
 
@@ -40,5 +34,3 @@ inline Tile tile_of(i64 rows, i64 row, i64 height, i64 columns, i64 column) {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -25,7 +25,7 @@ extensions = [
     # MathJax in the site itself, so that formulas are rendered without a network.
     "sphinx-mathjax-offline",
 ]
-exclude_patterns = ["experiments", "examples", "tutorials/README.rst", "**/GALLERY_HEADER.rst"]
+exclude_patterns = ["experiments", "examples", "tutorials", "**/GALLERY_HEADER.rst"]
 suppress_warnings = ["config.cache"]
 
 # Pages

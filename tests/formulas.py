@@ -359,19 +359,124 @@ def product(a: Rounded, b: Rounded) -> Rounded:
     return Rounded(value, error + a.u * a.value.shape[-1] * size, a.u)
 
 
-def linear(h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Rounded:
+def linear(h: Tensor | Rounded, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Rounded:
     """Compute the output of a linear layer, [N, X]."""
-    made = product(Rounded.exact(h, dtype), Rounded.exact(weight.mT, dtype))
+    made = product(_given(h, dtype), Rounded.exact(weight.mT, dtype))
     return made if bias is None else total([made, Rounded.exact(bias, dtype)])
 
 
-def linear_backward(grad: Rounded, h: Tensor, weight: Tensor) -> list[Rounded]:
+def linear_backward(grad: Rounded, h: Tensor | Rounded, weight: Tensor) -> list[Rounded]:
     """Compute the gradients of h, weight and bias from the upstream gradient [N, X]."""
     dtype = grad.dtype
     flipped = Rounded(grad.value.mT, grad.error.mT, grad.u)
-    ones = torch.ones(h.shape[0], 1, dtype=torch.float64, device=h.device)
+    ones = torch.ones(len(grad.value), 1, dtype=torch.float64, device=grad.value.device)
     to_bias = product(flipped, Rounded.exact(ones, dtype))[:, 0]
-    return [product(grad, Rounded.exact(weight, dtype)), product(flipped, Rounded.exact(h, dtype)), to_bias]
+    return [product(grad, Rounded.exact(weight, dtype)), product(flipped, _given(h, dtype)), to_bias]
+
+
+def _step(a: Rounded, below: float) -> Rounded:
+    """Compute 1 above 0, else ``below``; either for an argument that its error may carry across 0."""
+    value = torch.where(a.value > 0, 1.0, torch.full_like(a.value, below))
+    unsure = (a.value.abs() <= a.error) & (a.error > 0)
+    return Rounded(value, torch.where(unsure, torch.full_like(value, abs(1 - below)), a.u * abs(below)), a.u)
+
+
+def _leaky(a: Rounded, slope: float) -> tuple[Rounded, Rounded]:
+    value = torch.where(a.value > 0, a.value, slope * a.value)
+    # Neither branch is steeper than this, so neither is their union.
+    error = max(1.0, slope) * a.error + 2 * a.u * value.abs()
+    return Rounded(value, error, a.u), _step(a, slope)
+
+
+def _elu(a: Rounded, alpha: float) -> tuple[Rounded, Rounded]:
+    value = torch.where(a.value > 0, a.value, alpha * torch.expm1(a.value.clamp(max=0)))
+    error = max(1.0, alpha) * a.error + (2 * EXP + 2) * a.u * value.abs()
+    slope = _step(a, 0.0)
+    # Below 0 either exp(a) alpha, or the value plus alpha.
+    below = torch.where(a.value > 0, 0.0, alpha * torch.exp(a.value.clamp(max=0)))
+    off = torch.where(a.value > a.error, 0.0, error + 2 * EXP * a.u * alpha)
+    unsure = slope.error * (1 + alpha)
+    return Rounded(value, error, a.u), Rounded(slope.value + below, off + unsure, a.u)
+
+
+def _normal_cdf(a: Rounded) -> Rounded:
+    """Compute the normal distribution function, either by erf and a sum or by the tail: an absolute error."""
+    value, density = torch.special.ndtr(a.value), 0.3989422804014327
+    return Rounded(value, density * a.error + 8 * a.u, a.u)
+
+
+def _gelu(a: Rounded) -> tuple[Rounded, Rounded]:
+    cdf = _normal_cdf(a)
+    return a * cdf, cdf + a * ((a.square() * -0.5).exp() * 0.3989422804014327)
+
+
+def _gelu_tanh(a: Rounded) -> tuple[Rounded, Rounded]:
+    inner = (a + a.square() * a * 0.044715) * 0.7978845608028654
+    # Half of 1 + tanh(inner), by a sigmoid or by a sum.
+    s = (inner * 2.0).sigmoid().off(torch.full_like(a.value, 8 * a.u))
+    slope = (a.square() * 0.134145 + 1.0) * 0.7978845608028654
+    return a * s, s + a * (s * (1.0 - s)) * slope * 2.0
+
+
+def _silu(a: Rounded) -> tuple[Rounded, Rounded]:
+    s = a.sigmoid()
+    return a * s, s * (a * (1.0 - s) + 1.0)
+
+
+def _tanh(a: Rounded) -> tuple[Rounded, Rounded]:
+    y = a.tanh()
+    return y, 1.0 - y.square()
+
+
+def _sigmoid(a: Rounded) -> tuple[Rounded, Rounded]:
+    y = a.sigmoid()
+    return y, y * (1.0 - y)
+
+
+def _softplus(a: Rounded) -> tuple[Rounded, Rounded]:
+    value = torch.nn.functional.softplus(a.value, threshold=700)
+    # Beyond 20 torch's is linear.
+    y = Rounded(value, a.error + (LOG + EXP + 2) * a.u * value + (a.value > 20) * 2.1e-9, a.u)
+    return y, a.sigmoid().off(y.error + 8 * a.u)
+
+
+# Value and slope of a hidden layer's activation, functions of the argument and the parameter.
+ACTIVATIONS = {
+    "identity": lambda a: (a, Rounded.exact(torch.ones_like(a.value), a.dtype)),
+    "relu": lambda a: _leaky(a, 0.0),
+    "tanh": _tanh,
+    "sigmoid": _sigmoid,
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "elu": _elu,
+    "leaky_relu": _leaky,
+    "softplus": _softplus,
+}
+
+
+def hidden(h: Tensor, layers: Sequence[tuple], dtype: torch.dtype) -> tuple[list[Rounded], list[Rounded]]:
+    """Compute the inputs of the layers (weight, bias, activation), the last one's value, and the slopes."""
+    values, slopes = [Rounded.exact(h, dtype)], []
+    for weight, bias, activation in layers:
+        name, _, parameter = activation.partition(":")
+        argument = linear(values[-1], weight, bias, dtype)
+        given = [float(parameter)] if parameter else []
+        value, slope = ACTIVATIONS[name](argument, *given)
+        values.append(value)
+        slopes.append(slope)
+    return values, slopes
+
+
+def hidden_backward(
+    grad: Rounded, values: list[Rounded], slopes: list[Rounded], layers: Sequence[tuple]
+) -> list[Rounded]:
+    """Compute the gradients of h and of each layer's weight and bias from the last value's."""
+    found = []
+    for i in reversed(range(len(layers))):
+        grad, *own = linear_backward(grad * slopes[i], values[i], layers[i][0])
+        found = [*own, *found]
+    return [grad, *found]
 
 
 def reduce(

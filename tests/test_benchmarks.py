@@ -276,23 +276,23 @@ def test_the_picture_times_every_case(monkeypatch):
     monkeypatch.setattr(frontend, "implementations", implementations)
     found = picture.times(3)
     assert len(found) == len(seen) == len(frontend.CASES) * len(frontend.LIKELIHOODS)
-    assert all(set(columns) == set(picture.COLORS) for columns in found.values())
+    assert all(set(columns) == set(picture.IMPLEMENTATIONS) for columns in found.values())
 
 
-def test_the_picture_of_the_readme(tmp_path, monkeypatch, capsys):
-    """The picture is drawn from the measurements, and prints them too."""
-    pytest.importorskip("matplotlib")
+def test_the_table_of_the_picture(tmp_path, monkeypatch, capsys):
+    """The measurements are printed and written."""
     from benchmarks import picture
 
-    monkeypatch.setattr(picture, "PICTURE", tmp_path / "front.png")
+    monkeypatch.setattr(picture, "TABLE", tmp_path / "front.csv")
     monkeypatch.setattr(picture, "DRAWS", (50, 200))
-    monkeypatch.setattr(
-        picture, "times", lambda rounds: {"ELBO": dict.fromkeys(picture.COLORS, (1.0, 2.0, 4.0))}
-    )
+    case = dict.fromkeys(picture.IMPLEMENTATIONS, (1.0, 2.0, 4.0))
+    monkeypatch.setattr(picture, "times", lambda rounds: {"ELBO, 8×9": case})
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(picture, "keep_memory", lambda: None)
     assert picture.main(["--rounds", "1"]) == 0
-    assert (tmp_path / "front.png").stat().st_size > 10_000
+    text = (tmp_path / "front.csv").read_text("utf-8")
+    assert 'microseconds,"ELBO, 8×9",fastvae,1.00,2.00,4.00\n' in text
+    assert re.search(r"^MiB,200,eager PyTorch,,\d+\.\d,$", text, re.M)
     printed = capsys.readouterr().out
     assert "fastvae 2 (1 to 4)" in printed and re.search(
         r"eager PyTorch: K=50 \d+ MiB, K=200 \d+ MiB", printed

@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 TINY = ["--epochs", "1", "--k", "3", "--eval-k", "7"]
-PICTURES = {"samples.png", "reconstructions.png", "manifold.png", "training.png", "overview.png"}
+PICTURES = {f"{n}.png" for n in ("samples", "reconstructions", "manifold", "latents", "training", "overview")}
 
 
 def idx_bytes(count, seed, size=6, magic=0x803):
@@ -84,7 +84,7 @@ def test_idx_folder(tmp_path, capsys, dot, compress):
     folder = idx_folder(tmp_path / "images", dot, compress)
     out = tmp_path / "out"
     assert main(["demo", "--data", str(folder), "--out", str(out), "--latent", "3", *TINY]) == 0
-    check_pictures(out, PICTURES - {"manifold.png"})
+    check_pictures(out, PICTURES - {"manifold.png", "latents.png"})
     text = capsys.readouterr().out
     assert "images: 230 training and 23 test images of 6x6 pixels" in text
     assert "no manifold.png" in text and "--latent 2" in text
@@ -368,6 +368,26 @@ def test_unknown_latents(tmp_path, monkeypatch, capsys):
         main(["demo", "--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in (*latents.POSTERIORS, *latents.PRIORS))
+
+
+@pytest.mark.parametrize("latent", [2, 3])
+def test_classes_are_labelled_at_their_centroids(latent):
+    """Of more than two latents in the plane of the largest variance."""
+    from matplotlib.figure import Figure
+
+    images = digits()
+    means = torch.zeros(len(images.test), latent)
+    means[:, 0], means[:, -1] = images.labels, 10 * (images.labels % 2)
+    encoder = torch.nn.Identity()
+    model = fastvae.VAE(encoder, encoder, likelihood="bernoulli", latent_dim=latent)
+    run = training.Run("x", model, {}, [], [], *[torch.zeros(1)] * 3)
+    images = images._replace(test=torch.cat([means, torch.zeros_like(means)], 1))
+    axes = Figure().subplots()
+    pictures._scatter(axes, run, images)
+    assert [t.get_text() for t in axes.texts] == [str(n) for n in range(10)]
+    at = torch.tensor([t.get_position() for t in axes.texts])
+    expected = torch.stack([torch.arange(10.0), 10.0 * (torch.arange(10) % 2)], 1)
+    assert torch.allclose(torch.cdist(at, at), torch.cdist(expected, expected), atol=1e-3)
 
 
 def test_the_manifold_covers_the_prior():

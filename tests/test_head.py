@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fastvae
 from fastvae import ops
-from fastvae.core.deferred import LastLayer
+from fastvae.core.deferred import HiddenLayer, LastLayer
 from fastvae.likelihoods import (
     Categorical,
     DiscretizedLogistic,
@@ -31,7 +31,7 @@ from fastvae.likelihoods import (
     ZeroInflatedNegativeBinomial,
 )
 from fastvae.ops import head
-from fastvae.ops.head import Layers, reduce_linear
+from fastvae.ops.head import MOST_HIDDEN, Layers, reduce_linear
 from fastvae.ops.reduce import BoundReduction
 
 from . import cases as registered
@@ -45,14 +45,7 @@ EVENT = (3, 4)
 SIZES = strategies.distinct_sizes(4, largest=40, elements=20_000)
 HELD = {"row": lambda x: (x,), "number": lambda x: (1,)}
 HOW = BoundReduction(1.0, "log_mean_exp", "mean")
-
-
-@pytest.fixture
-def always(monkeypatch):
-    """Fuse the layer however small."""
-    for name in ("FEWEST_NUMBERS", "FEWEST_BY_BLAS", "NUMBERS_PER_INPUT", "ROWS_PER_INPUT"):
-        monkeypatch.setattr(head, name, 0)
-    monkeypatch.setattr(fastvae.vae, "FEWEST_NUMBERS", 0)
+ACTIVATIONS = [n + {"elu": ":0.7", "leaky_relu": ":0.2"}.get(n, "") for n in formulas.ACTIVATIONS]
 
 
 @pytest.fixture
@@ -96,19 +89,29 @@ def layers(draw):
     x = registered.data(likelihood, b, size, seed=draw(strategies.seeds), dtype=draw(st.sampled_from(kinds)))
     # The formula's errors are of first order, too low for an inverse dispersion of exp(20).
     large = draw(st.sampled_from([1.0] if "negative" in likelihood else [1.0, 4.0]))
+    chain, activations = [], draw(st.lists(st.sampled_from(ACTIVATIONS), max_size=MOST_HIDDEN))
+    first = width = inner + 1 if activations else inner
+    for i, _ in enumerate(activations):
+        last = i == len(activations) - 1
+        to = inner if last else inner + 2 + i
+        chain.append(tensor(to, width, spread=width**-0.5))
+        chain.append(tensor(to, spread=1.0) if draw(st.booleans()) else None)
+        width = to
     case = {
-        "h": tensor(k * b, inner, spread=spread),
+        "h": tensor(k * b, first, spread=spread),
         "weight": tensor((outputs - fixed) * size, inner, spread=inner**-0.5),
         "bias": tensor((outputs - fixed) * size, spread=large) if draw(st.booleans()) else None,
     }
     for i in range(2):
         shape = HELD[draw(st.sampled_from(sorted(HELD)))](size)
         case[f"constant{i}"] = tensor(*shape) if i < fixed else None
+    case |= {f"hidden{i}": t for i, t in enumerate(chain)}
     need = {n: t is not None and draw(st.booleans()) for n, t in case.items()}
     return {
         "likelihood": likelihood,
         "x": strategies.laid_out(x, draw(strategies.layouts)),
         "layers": case,
+        "activations": activations,
         "need": need,
         "samples": k,
         "dtype": formulas.computation(x, *case.values()),
@@ -119,7 +122,8 @@ def layers(draw):
 def outputs_of(case):
     """Return all parameters as the formulas take them, [K, B, X] or a row."""
     x, given, dtype = case["x"], case["layers"], case["dtype"]
-    made = formulas.linear(given["h"], given["weight"], given["bias"], dtype)
+    case["values"], case["slopes"] = formulas.hidden(given["h"], hidden_of(case), dtype)
+    made = formulas.linear(case["values"][-1], given["weight"], given["bias"], dtype)
     k, (b, size) = case["samples"], x.shape
     parts = zip(made.value.split(size, 1), made.error.split(size, 1), strict=True)
     rows = [Rounded(v.reshape(k, b, size), e.reshape(k, b, size), made.u) for v, e in parts]
@@ -134,17 +138,30 @@ def expected_gradients(case, grads):
     products = given["weight"].shape[0] // case["x"].shape[1]
     flat = [(g.value.flatten(0, 1), g.error.flatten(0, 1)) for g in grads[:products]]
     arrives = Rounded(*(torch.cat(part, 1) for part in zip(*flat, strict=True)), grads[0].u)
-    found = dict(
-        zip(
-            ("h", "weight", "bias"),
-            formulas.linear_backward(arrives, given["h"], given["weight"]),
-            strict=True,
-        )
-    )
+    values, hidden = case["values"], hidden_of(case)
+    to_value, *own = formulas.linear_backward(arrives, values[-1], given["weight"])
+    to_h, *below = formulas.hidden_backward(to_value, values, case["slopes"], hidden)
+    found = {"h": to_h, "weight": own[0], "bias": own[1]}
+    found |= {f"hidden{i}": g for i, g in enumerate(below)}
     for i, g in enumerate(grads[products:]):
         p = given[f"constant{i}"]
         found[f"constant{i}"] = Rounded(g.value.reshape(p.shape), g.error.reshape(p.shape), g.u)
     return found
+
+
+def hidden_of(case, tensors=None):
+    """Return the hidden layers, of the case's tensors or of these."""
+    given = tensors or case["layers"]
+    return [
+        HiddenLayer(given[f"hidden{2 * i}"], given[f"hidden{2 * i + 1}"], activation)
+        for i, activation in enumerate(case["activations"])
+    ]
+
+
+def layers_of(case, leaves):
+    """Return the op's layers of these tensors."""
+    last = [t for n, t in leaves.items() if not n.startswith("hidden")]
+    return Layers(*last, tuple(hidden_of(case, leaves)))
 
 
 def leaves_of(case):
@@ -169,7 +186,7 @@ def test_log_prob(backend, case):
     leaves = leaves_of(case)
     x, k = case["x"], case["samples"]
     grad = randn(k, len(x), seed=case["seed"]).to(case["dtype"])
-    out = head.linear_rows(case["likelihood"], x, Layers(*leaves.values()))
+    out = head.linear_rows(case["likelihood"], x, layers_of(case, leaves))
     assert out.dtype == case["dtype"]
     asked = [t for t in leaves.values() if t is not None and t.requires_grad]
     found = torch.autograd.grad(out, asked, grad) if asked else ()
@@ -193,7 +210,7 @@ def test_reduce(backend, case, data):
     bound, mean = reduce_linear(
         case["likelihood"],
         x,
-        Layers(*leaves.values()),
+        layers_of(case, leaves),
         term,
         beta,
         BoundReduction(coefficient, over, reduction),
@@ -767,7 +784,7 @@ def test_changes_in_place_are_refused(always, what):
 
     x, q = torch.rand(B, X), torch.zeros(B, 2 * D)
     with pytest.raises(
-        RuntimeError, match=r"of the decoder's last layer was changed in place after the layer"
+        RuntimeError, match=r"of the decoder's last layers? was changed in place after the layer"
     ):
         fastvae.elbo(x, q, Changing(), likelihood="bernoulli")
     if what == "bias":
@@ -861,12 +878,17 @@ def test_a_vae_fuses_automatically(always, calls):
 @pytest.mark.parametrize("tiles", [True, False])
 def test_layers_are_fused_only_where_it_is_faster(tiles, monkeypatch):
     monkeypatch.setattr(head, "HAS_TILES", tiles)
-    h = torch.empty(1, 200)
-    assert head.pays(3200, 784, h) and not head.pays(128, 784, h) and not head.pays(200, 20_000, h)
-    assert head.pays(512, 784, h) == tiles == head.pays(3200, 784, torch.empty(1, 500))
-    assert not head.pays(512, 784, h.double())
+    h = torch.empty(1)
+    assert head.pays(3200, 784, h, 200)
+    assert not head.pays(128, 784, h, 200) and not head.pays(200, 20_000, h, 200)
+    assert head.pays(512, 784, h, 200) == tiles == head.pays(3200, 784, h, 500)
+    assert not head.pays(512, 784, h.double(), 200)
     # torch's half-precision products are faster on a CPU.
-    assert not head.pays(3200, 784, h.bfloat16())
+    assert not head.pays(3200, 784, h.bfloat16(), 200)
+    z = torch.empty(3200, 50)
+    assert head.hidden_pay(z, [200, 200]) == tiles
+    assert not head.hidden_pay(z, [2000]) and not head.hidden_pay(z[:200], [200])
+    assert not head.hidden_pay(z.double(), [200]) and not head.hidden_pay(z.bfloat16(), [200])
 
 
 COMPILED = {
@@ -908,7 +930,8 @@ def test_the_output_is_never_stored():
     """The output, 200 MB like its gradient, is never stored; a whole step takes a quarter of that."""
     code = """
 import resource, torch, fastvae
-from fastvae.ops.head import Layers, reduce_linear
+from fastvae.core.deferred import HiddenLayer
+from fastvae.ops.head import MOST_HIDDEN, Layers, reduce_linear
 from fastvae.ops.reduce import BoundReduction
 def step(k, b, size=784):
     h, weight = torch.randn(k * b, 16, requires_grad=True), torch.randn(size, 16, requires_grad=True)

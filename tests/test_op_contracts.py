@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastvae
 from fastvae import ops
 from fastvae.likelihoods.declared import DECLARED
-from fastvae.ops.head import reduce_linear
+from fastvae.ops.head import MOST_HIDDEN, reduce_linear
 from fastvae.ops.op import REGISTERED
 from fastvae.ops.reduce import BoundReduction, reduce
 
@@ -27,6 +27,7 @@ from . import cases
 from .conftest import CUDA
 
 K, B, D, X, H, U, E, P = 3, 4, 5, 6, 7, 8, 3, 9
+HIDDEN = [None] * (2 * MOST_HIDDEN)
 DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.bool,
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16,
@@ -86,7 +87,7 @@ def recorded(likelihoods):
             total = total + reduce(name, x, flat, _leaf(K, B), torch.ones(B), how, mask=mask)[0].sum()
         x = cases.data("bernoulli", B, X, seed=1).cpu()
         layer = (_leaf(K * B, H), _leaf(X, H), _leaf(X), None, None)
-        torch.ops.fastvae.linear_log_prob(x, *layer, "bernoulli").sum().backward()
+        torch.ops.fastvae.linear_log_prob(x, *layer, *HIDDEN, "bernoulli", "").sum().backward()
         total = (
             total + reduce_linear("bernoulli", x, _layers(layer), _leaf(K, B), torch.ones(B), how)[0].sum()
         )
@@ -234,9 +235,9 @@ def test_layers_with_a_wrong_number_of_outputs_are_refused(overload):
     op = getattr(torch.ops.fastvae.linear_log_prob, overload)
     x, h, weight = torch.zeros(B, X), torch.zeros(K * B, H), torch.zeros(X, H)
     with pytest.raises(ValueError, match="as many layers and constants as gaussian has outputs, 2"):
-        op(x, h, weight, None, None, None, "gaussian")
+        op(x, h, weight, None, None, None, *HIDDEN, "gaussian", "")
     with pytest.raises(ValueError, match="as many layers and constants as bernoulli has outputs, 1"):
-        op(x, h, weight, None, torch.zeros(X), None, "bernoulli")
+        op(x, h, weight, None, torch.zeros(X), None, *HIDDEN, "bernoulli", "")
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -245,7 +246,7 @@ def test_layers_with_a_wrong_number_of_outputs_are_refused(overload):
     "x", [torch.zeros(B, X, dtype=torch.complex64), torch.zeros(B, X, 1), torch.zeros(X)]
 )
 def test_data_are_real_rows(x, op, backend):
-    layer = torch.zeros(K * B, H), torch.zeros(X, H), None, None, None, "bernoulli"
+    layer = torch.zeros(K * B, H), torch.zeros(X, H), None, None, None, *HIDDEN, "bernoulli", ""
     bound = None, torch.zeros(K * B, X), torch.zeros(B), None, *BoundReduction(1.0, "mean", "mean"), False
     call = getattr(torch.ops.fastvae, op).default
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -286,6 +287,23 @@ def test_an_extension_omitted_on_purpose_is_recognised(tmp_path, monkeypatch, in
     assert _backend._left_out() is left_out
 
 
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set")
+def test_newer_instructions_stay_in_their_namespaces():
+    """An inline function of several units is kept once: it must run on processors without AVX."""
+    command = ["objdump", "-d", "--no-show-raw-insn", _backend.extension().__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    function, using = "", {"avx": set(), "avx512": set()}
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line.partition("<")[2]
+        elif (instruction := line.partition("\t")[2]).startswith("v") or "%ymm" in instruction:
+            using["avx512" if re.search(r"%zmm|%k[0-7]", instruction) else "avx"].add(function)
+    assert using["avx"]
+    assert not [f for f in using["avx"] if not re.search("7fastvae(4avx2|6avx512)", f)]
+    assert not [f for f in using["avx512"] if "7fastvae6avx512" not in f]
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
     """Build a wheel without the extension and an sdist, from a copy of a clone's files."""
@@ -351,7 +369,8 @@ def test_metadata_and_contents(distributions):
     } <= set(names)
     with tarfile.open(next(distributions.glob("*.tar.gz"))) as sdist:
         inside = {n.partition("/")[2] for n in sdist.getnames()}
-    sources = {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
+    suffixes = (".cpp", ".hpp", ".py")
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes}
     assert inside >= {"setup.py", "pyproject.toml", "LICENSE", "kernels/normal_diagonal.py", *sources}
     assert "fastvae/ops/_declared.pyi" in inside
     assert "tools/smoke.py" in inside and not any(name.startswith("tests") for name in inside)
@@ -364,9 +383,10 @@ def test_the_index_shows_the_readme_with_links_that_work(distributions):
         text = wheel.read(next(n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))).decode()
     description = text.partition("\n\n")[2]
     tag = f"https://github.com/fastvae/fastvae/{{}}/v{fastvae.__version__}/".format
-    assert f"]({tag('raw')}docs/proposals.png)" in description
+    assert f'src="{tag("raw")}docs/proposals.png"' in description and "dark" not in description
     assert f"]({tag('blob')}CONTRIBUTING.md)" in description
-    files = [p for p in re.findall(r"\]\(([^)\s]+)\)", description) if not p.startswith(("https://", "#"))]
+    links = re.findall(r"""(?:\]\(|src=")([^)"\s]+)""", description)
+    files = [p for p in links if not p.startswith(("https://", "#"))]
     assert not [p for p in files if (ROOT / p.partition("#")[0]).exists()]
 
 

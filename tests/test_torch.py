@@ -251,22 +251,52 @@ def _head_arguments(op: str):
         h, weight = randn(K * b, inner, seed=3), randn(count * X, inner, seed=4)
         layers = [h, weight, randn(count * X, seed=5) if count == 1 else None, None, None]
         layers[3] = randn(X, seed=6) if fixed else None
+        width = 3 if count == 2 else None  # of one hidden layer
+        names = likelihood, "" if width is None else "elu:0.7"
+        if width is not None:
+            layers[0] = randn(K * b, width, seed=3)
+        hidden = [None, None] if width is None else [randn(inner, width, seed=9), randn(inner, seed=10)]
+        layers += [*hidden, *[None] * (2 * head.MOST_HIDDEN - 2)]
         need = [t is not None for t in layers]
         if op == "linear_log_prob":
-            yield x, *(t if t is None else t.clone().requires_grad_() for t in layers), likelihood
+            yield (
+                x,
+                *(t if t is None else t.clone().requires_grad_() for t in layers),
+                *names,
+            )
         elif op == "linear_log_prob_backward":
-            yield grad, x, *layers, likelihood, need
-            yield grad, x, *layers, likelihood, [True, *[False] * 4]
+            yield grad, x, *layers, *names, need
+            yield grad, x, *layers, *names, [True, *[False] * (len(layers) - 1)]
         else:
             for over, reduction in (("mean", "none"), ("log_mean_exp", "none"), ("log_mean_exp", "mean")):
                 how, term = BoundReduction(-0.5, over, reduction), randn(K, b, seed=7)
                 if op == "reduce_linear":
                     leaves = (t if t is None else t.clone().requires_grad_() for t in layers)
-                    yield x, *leaves, term.clone().requires_grad_(), None, *how, likelihood, False, need
+                    yield (
+                        x,
+                        *leaves,
+                        term.clone().requires_grad_(),
+                        None,
+                        *how,
+                        *names,
+                        False,
+                        need,
+                    )
                     continue
                 weights = torch.softmax(grad, 0) if over == "log_mean_exp" else None
                 arrives = randn(b, seed=8) if reduction == "none" else randn(seed=8)
-                yield arrives, None, weights, x, *layers, term, None, *how, likelihood, [*need, True]
+                yield (
+                    arrives,
+                    None,
+                    weights,
+                    x,
+                    *layers,
+                    term,
+                    None,
+                    *how,
+                    *names,
+                    [*need, True],
+                )
 
 
 def _arguments(op: str):

@@ -19,7 +19,7 @@ def main() -> int:
     import pybind11
 
     with tempfile.TemporaryDirectory() as generated:
-        runpy.run_path(str(CSRC / "list_likelihoods.py"))["write"](generated)
+        runpy.run_path(str(CSRC / "generate.py"))["write"](generated)
         includes = [generated, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
         flags = ["-std=c++17", "-fsyntax-only", "-fopenmp-simd", "-DFASTVAE_BASE_ONLY"]
 

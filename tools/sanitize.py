@@ -65,7 +65,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "copy"
         copy_to(folder)
-        built = build(folder, *FLAGS)
+        built = build(folder, *FLAGS, jobs=os.cpu_count() or 1)
         if built.returncode:
             print(built.stderr[-2000:])
             return built.returncode

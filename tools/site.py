@@ -1,6 +1,6 @@
 """``python -m tools.site FOLDER``: check a built site: links, names of the API, and pages in a browser.
 
-The browser is Chromium's, headless, if there is one: six pages at 1280 and 390 pixels must have no error of
+The browser is Chromium's, headless, if there is one: seven pages at 1280 and 390 pixels must have no error of
 MathJax, no broken image and nothing to scroll to the right.
 """
 
@@ -18,8 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import fastvae
 
-PAGES = ("index", "start/quickstart", "start/port", "auto_tutorials/02_trust", "api/fastvae.ops")
-PAGES += ("theory",)
+PAGES = ("index", "start/quickstart", "start/port", "auto_tutorials/1_start/02_trust", "api/fastvae.ops")
+PAGES += ("auto_tutorials/index", "theory")
 WIDTHS = (1280, 390)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Page in a frame of a given width, measured when its formulas are set.

@@ -1,6 +1,8 @@
 // Likelihoods of a decoder that ends in linear layers, whose outputs are never stored: ops/head.py.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <string>
 #include <utility>
@@ -16,15 +18,17 @@ namespace fastvae {
 // A batch of fewer rows is divided among threads by samples, which takes two passes. As in ops/head.py.
 constexpr i64 kFewestRows = 8;
 
-// x (B, X), h (K B, H), weight (m X, H) and bias (m X) of the first m outputs, and up to two constant
-// outputs, each a row (X) or a number. `fits` is false for empty sums, without a BLAS, and if
-// tensors must be copied first and the caller does not; `otherwise` computes these.
+// x (B, X), h (K B, H), weight (m X, H) and bias (m X) of the first m outputs, up to two constant outputs,
+// each a row (X) or a number, and weight (W, V) and bias (W) of each hidden layer. `fits` is false for empty
+// sums, without a BLAS, and if tensors must be copied first and the caller does not; `otherwise` computes
+// these.
 template <class Caller>
 struct HeadArguments {
-  static constexpr int kConstants = kMostParameters - 1;
-  static constexpr int kGradients = 3 + kConstants;
-  GivenOf<Caller> x, h, weight, bias, constant[kConstants];
-  int products = 0, constants = 0, wide = kFloat32;
+  static constexpr int kConstants = kMostParameters - 1, kHidden = 3 + kConstants;
+  static constexpr int kGradients = kHidden + 2 * kMostHidden;
+  GivenOf<Caller> x, h, weight, bias, constant[kConstants], hidden[2 * kMostHidden];
+  int products = 0, constants = 0, layers = 0, wide = kFloat32;
+  i64 inner = 0;
   int dtypes[kGradients];  // of the gradients
   bool fits = false;
   HeadTensors tensors;
@@ -35,15 +39,24 @@ struct HeadArguments {
       t = from.given();
       constants += t.given;
     }
+    for (GivenOf<Caller>& t : hidden) t = from.given();
+    while (layers < kMostHidden && hidden[2 * layers].given) ++layers;
     contract.expect("x", x, kAnyDtype, {-1, -1});
     contract.expect("h", h, kFloating, {-1, -1});
     if (x.n0 > 0 ? h.n0 % x.n0 != 0 : h.n0 != 0)
       contract.refuse("h", h, "a multiple of x's " + std::to_string(x.n0) + " rows");
-    contract.expect("weight", weight, kFloating, {-1, h.n1});
+    inner = h.n1;
+    for (int i = 0; i < layers; ++i) {
+      const Tensor &w = hidden[2 * i], &b = hidden[2 * i + 1];
+      contract.expect("a hidden weight", w, kFloating, {-1, inner});
+      inner = w.n0;
+      if (b.given) contract.expect("a hidden bias", b, kFloating, {inner});
+    }
+    contract.expect("weight", weight, kFloating, {-1, inner});
     products = x.n1 > 0 ? static_cast<int>(weight.n0 / x.n1) : 1;
     if (weight.n0 != products * x.n1 || products < 1 || products > kMostParameters - constants)
       contract.refuse("weight", weight,
-                      Contract::shape({x.n1, h.n1}) + " for each of 1 to " +
+                      Contract::shape({x.n1, inner}) + " for each of 1 to " +
                           std::to_string(kMostParameters - constants) + " outputs");
     if (bias.given) contract.expect("bias", bias, kFloating, {weight.n0});
     for (const Tensor& t : constant) {
@@ -54,19 +67,39 @@ struct HeadArguments {
          std::initializer_list<const Tensor*>{&x, &h, &weight, &bias, constant, constant + 1}) {
       if (t->given && t->dtype == kFloat64) wide = kFloat64;
     }
+    for (const Tensor& t : hidden) {
+      if (t.given && t.dtype == kFloat64) wide = kFloat64;
+    }
     for (int i = 0; i < kGradients; ++i) dtypes[i] = differentiable(i).dtype;
-    fits = x.size() > 0 && h.size() > 0 && blas().complete() && in_place(from);
+    fits = x.size() > 0 && h.size() > 0 && inner > 0 && blas().complete() && in_place(from);
     if (fits) lay_out();
   }
   void expect_outputs(const Contract& contract, int likelihood) const {
-    if (products + constants != kParameterCounts[likelihood])
+    if (products + constants != base::parameter_count(likelihood))
       contract.refuse("weight", weight,
                       std::string("as many layers and constants as ") + kLikelihoods[likelihood] +
-                          " has outputs, " + std::to_string(kParameterCounts[likelihood]));
+                          " has outputs, " + std::to_string(base::parameter_count(likelihood)));
+  }
+  // @param text of each hidden layer its activation, such as "tanh elu:1.0".
+  void activate(const char* text) {
+    tensors.hidden = layers;
+    for (int i = 0; i < layers; ++i) {
+      const std::size_t length = std::strcspn(text, " "), name = std::strcspn(text, " :");
+      int kind = 0;
+      for (const char* known : kActivationNames) {
+        if (std::strlen(known) == name && std::strncmp(known, text, name) == 0) break;
+        ++kind;
+      }
+      if (kind == sizeof kActivationNames / sizeof *kActivationNames)
+        throw std::runtime_error(std::string("fastvae._C: no activation is called ") + text);
+      tensors.activation[i] = {static_cast<ActivationKind>(kind),
+                               name < length ? std::strtod(text + name + 1, nullptr) : 0.0};
+      text += length + (text[length] == ' ');
+    }
   }
   i64 samples() const { return h.n0 / x.n0; }
   const GivenOf<Caller>& differentiable(int i) const {
-    return i == 0 ? h : i == 1 ? weight : i == 2 ? bias : constant[i - 3];
+    return i == 0 ? h : i == 1 ? weight : i == 2 ? bias : i < kHidden ? constant[i - 3] : hidden[i - kHidden];
   }
 
   // Gradients of h, weight, bias and the constants, of the dtype of the computation.
@@ -81,12 +114,16 @@ struct HeadArguments {
     }
     const i64 item = kItemSizes[wide];
     for (int j = 0; j < products; ++j) {
-      if (to.made[1].data) to.outputs.weight[j].data = to.made[1].data + offset(j * x.n1 * h.n1, item);
+      if (to.made[1].data) to.outputs.weight[j].data = to.made[1].data + offset(j * x.n1 * inner, item);
       if (to.made[2].data) to.outputs.bias[j].data = to.made[2].data + offset(j * x.n1, item);
     }
     int j = products;
     for (int i = 0; i < kConstants; ++i) {
       if (constant[i].given) to.outputs.constant[j++].data = to.made[3 + i].data;
+    }
+    for (int i = 0; i < layers; ++i) {
+      to.outputs.weight[kMostParameters + i].data = to.made[kHidden + 2 * i].data;
+      to.outputs.bias[kMostParameters + i].data = to.made[kHidden + 2 * i + 1].data;
     }
     return to;
   }
@@ -96,25 +133,32 @@ struct HeadArguments {
   // Weights and biases as the products read them, in the dtype of the computation; false where they are not
   // and the caller makes no copies.
   bool in_place(Caller& from) {
-    const auto rows = [&] {
-      return (weight.s1 == 1 || weight.n1 == 1) && (weight.s0 >= weight.n1 || weight.n0 == 1);
-    };
-    const bool biases = !bias.given || (bias.dtype == wide && bias.is_contiguous());
-    if ((weight.dtype != wide || !rows() || !biases) && !from.converts()) return false;
-    if (weight.dtype != wide) weight = from.in_dtype(weight, wide);
-    if (!rows()) weight = from.contiguous(weight);
-    if (bias.given && bias.dtype != wide) bias = from.in_dtype(bias, wide);
-    if (!bias.is_contiguous()) bias = from.contiguous(bias);
+    bool fits = in_place(from, weight, bias);
+    for (int i = 0; i < layers; ++i) fits &= in_place(from, hidden[2 * i], hidden[2 * i + 1]);
+    return fits;
+  }
+  bool in_place(Caller& from, GivenOf<Caller>& w, GivenOf<Caller>& b) {
+    const auto rows = [&] { return (w.s1 == 1 || w.n1 == 1) && (w.s0 >= w.n1 || w.n0 == 1); };
+    const bool biases = !b.given || (b.dtype == wide && b.is_contiguous());
+    if ((w.dtype != wide || !rows() || !biases) && !from.converts()) return false;
+    if (w.dtype != wide) w = from.in_dtype(w, wide);
+    if (!rows()) w = from.contiguous(w);
+    if (b.given && b.dtype != wide) b = from.in_dtype(b, wide);
+    if (!b.is_contiguous()) b = from.contiguous(b);
     return true;
   }
+  static Tensor matrix(const Tensor& w) {
+    Tensor m = w;
+    m.s0 = w.n0 == 1 ? w.n1 : w.s0;
+    m.s1 = 1;
+    return m;
+  }
   void lay_out() {
-    const i64 item = kItemSizes[wide], stride = weight.n0 == 1 ? weight.n1 : weight.s0;
+    const i64 item = kItemSizes[wide];
     for (int j = 0; j < products; ++j) {
-      Tensor& w = tensors.weight[j] = weight;
-      w.data += offset(j * x.n1 * stride, item);
+      Tensor& w = tensors.weight[j] = matrix(weight);
+      w.data += offset(j * x.n1 * w.s0, item);
       w.n0 = x.n1;
-      w.s0 = stride;
-      w.s1 = 1;
       if (!bias.given) continue;
       Tensor& b = tensors.bias[j] = bias;
       b.data += offset(j * x.n1, item);
@@ -124,6 +168,10 @@ struct HeadArguments {
     int j = products;
     for (const Tensor& t : constant) {
       if (t.given) tensors.constant[j++] = t;
+    }
+    for (int i = 0; i < layers; ++i) {
+      tensors.weight[kMostParameters + i] = matrix(hidden[2 * i]);
+      if (hidden[2 * i + 1].given) tensors.bias[kMostParameters + i] = hidden[2 * i + 1];
     }
   }
 };
@@ -138,8 +186,9 @@ struct LinearLogProb {
     static const auto kernel = FASTVAE_PICK(head_log_prob);
     from.read_otherwise();
     const Contract contract{kName};
-    const HeadArguments<Caller> a(from, contract);
+    HeadArguments<Caller> a(from, contract);
     const int likelihood = number_of(from.text());
+    a.activate(from.text());
     a.expect_outputs(contract, likelihood);
     if (!a.fits) return from.otherwise();
     MadeOf<Caller> out = make(a.h, {a.samples(), a.x.n0}, a.wide);
@@ -162,6 +211,7 @@ struct LinearLogProbBackward {
     const Contract contract{kName};
     HeadArguments<Caller> a(from, contract);
     const int likelihood = number_of(from.text());
+    a.activate(from.text());
     a.expect_outputs(contract, likelihood);
     if (!a.fits) return from.otherwise();
     contract.expect("grad", grad, a.wide, {a.samples(), a.x.n0});
@@ -190,11 +240,12 @@ struct ReduceLinear {
     static const auto kernel = FASTVAE_PICK(head_reduce_rows);
     from.read_otherwise();
     const Contract contract{kName};
-    const HeadArguments<Caller> a(from, contract);
+    HeadArguments<Caller> a(from, contract);
     GivenOf<Caller> term = from.given();
     const Tensor beta = from.tensor();
     const How how = from.how();
     const int likelihood = number_of(from.text());
+    a.activate(from.text());
     const bool terms = from.flag();
     const Need need = from.need();
     a.expect_outputs(contract, likelihood);
@@ -217,9 +268,10 @@ struct ReduceLinear {
     if (!from.run(kernel, likelihood, a.x, a.h, a.tensors, term, beta, how, a.wide == kFloat64, bound, mean,
                   weights, to.made[0], to.outputs, from.threads()))
       return from.otherwise();
-    return from.results({std::move(bound), std::move(mean), std::move(weights), std::move(to.made[0]),
-                         std::move(to.made[1]), std::move(to.made[2]), std::move(to.made[3]),
-                         std::move(to.made[4])});
+    MadeOf<Caller> made[3 + a.kGradients];
+    made[0] = std::move(bound), made[1] = std::move(mean), made[2] = std::move(weights);
+    for (int i = 0; i < a.kGradients; ++i) made[3 + i] = std::move(to.made[i]);
+    return from.results(std::move(made));
   }
 };
 

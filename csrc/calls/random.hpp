@@ -59,7 +59,7 @@ struct NormalOfNet {
     const Contract contract{kName};
     contract.expect("seed", seed, kInt64, {-1}, true);
     contract.expect_count("the number of seeds", seed.n0);
-    contract.expect("net", net, kInt64, {base::kNetBits, base::kNetColumns}, true);
+    contract.expect("net", net, kInt64, {kNetBits, kNetColumns}, true);
     return NoiseArguments(from, contract).draw(from, seed, net);
   }
 };

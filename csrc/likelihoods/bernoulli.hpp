@@ -1,11 +1,5 @@
 // x l - log(1 + exp(l)) of logits l. See fastvae/likelihoods/bernoulli.py for the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_BERNOULLI_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_BERNOULLI_HPP
-#undef FASTVAE_LIKELIHOODS_BERNOULLI_HPP
-#else
-#define FASTVAE_LIKELIHOODS_BERNOULLI_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -36,5 +30,3 @@ struct Bernoulli : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,11 +1,5 @@
 // log Beta(x; exp(c1), exp(c0)). See fastvae/likelihoods/beta.py for the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_BETA_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_BETA_HPP
-#undef FASTVAE_LIKELIHOODS_BETA_HPP
-#else
-#define FASTVAE_LIKELIHOODS_BETA_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -96,5 +90,3 @@ struct Beta : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

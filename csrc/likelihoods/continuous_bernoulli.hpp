@@ -1,12 +1,6 @@
 // x l - log((exp(l) - 1) / l) of logits l. See fastvae/likelihoods/continuous_bernoulli.py for the
 // mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP
-#undef FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP
-#else
-#define FASTVAE_LIKELIHOODS_CONTINUOUS_BERNOULLI_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -75,5 +69,3 @@ struct ContinuousBernoulli : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

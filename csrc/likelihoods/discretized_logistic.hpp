@@ -1,12 +1,6 @@
 // Log probability that a logistic variable falls in the bin of x. See
 // fastvae/likelihoods/discretized_logistic.py for the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP
-#undef FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP
-#else
-#define FASTVAE_LIKELIHOODS_DISCRETIZED_LOGISTIC_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -58,5 +52,3 @@ struct DiscretizedLogistic : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,11 +1,5 @@
 // log N(x; mean, exp(logvar)). See fastvae/likelihoods/gaussian.py for the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_GAUSSIAN_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_GAUSSIAN_HPP
-#undef FASTVAE_LIKELIHOODS_GAUSSIAN_HPP
-#else
-#define FASTVAE_LIKELIHOODS_GAUSSIAN_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -35,5 +29,3 @@ struct Gaussian : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

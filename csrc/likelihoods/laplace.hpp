@@ -1,11 +1,5 @@
 // log Laplace(x; location, exp(log_scale)). See fastvae/likelihoods/laplace.py for the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_LAPLACE_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_LAPLACE_HPP
-#undef FASTVAE_LIKELIHOODS_LAPLACE_HPP
-#else
-#define FASTVAE_LIKELIHOODS_LAPLACE_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -33,5 +27,3 @@ struct Laplace : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,12 +1,6 @@
 // Log density of x whose logarithm is N(location, exp(log_scale)^2). See fastvae/likelihoods/log_normal.py
 // for the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP
-#undef FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP
-#else
-#define FASTVAE_LIKELIHOODS_LOG_NORMAL_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -44,5 +38,3 @@ struct LogNormal : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,11 +1,5 @@
 // log Logistic(x; location, exp(log_scale)). See fastvae/likelihoods/logistic.py for the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_LOGISTIC_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_LOGISTIC_HPP
-#undef FASTVAE_LIKELIHOODS_LOGISTIC_HPP
-#else
-#define FASTVAE_LIKELIHOODS_LOGISTIC_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -36,5 +30,3 @@ struct Logistic : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,12 +1,6 @@
 // Counts of mean exp(m) and variance exp(m) + exp(2 m - t). See fastvae/likelihoods/negative_binomial.py for
 // the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP
-#undef FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP
-#else
-#define FASTVAE_LIKELIHOODS_NEGATIVE_BINOMIAL_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -133,5 +127,3 @@ struct NegativeBinomial : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,11 +1,5 @@
 // x r - exp(r) - log x! of log rates r. See fastvae/likelihoods/poisson.py for the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_POISSON_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_POISSON_HPP
-#undef FASTVAE_LIKELIHOODS_POISSON_HPP
-#else
-#define FASTVAE_LIKELIHOODS_POISSON_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -45,5 +39,3 @@ struct Poisson : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

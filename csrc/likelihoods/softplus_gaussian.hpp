@@ -1,12 +1,6 @@
 // log N(x; mean, log(1 + exp(raw)) + exp(log_floor)). See fastvae/likelihoods/softplus_gaussian.py for the
 // mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP
-#undef FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP
-#else
-#define FASTVAE_LIKELIHOODS_SOFTPLUS_GAUSSIAN_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -44,5 +38,3 @@ struct SoftplusGaussian : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

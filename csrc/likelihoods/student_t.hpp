@@ -1,12 +1,6 @@
 // log of Student's t(x; location, exp(log_scale), exp(log_df)). See fastvae/likelihoods/student_t.py for the
 // mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_STUDENT_T_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_STUDENT_T_HPP
-#undef FASTVAE_LIKELIHOODS_STUDENT_T_HPP
-#else
-#define FASTVAE_LIKELIHOODS_STUDENT_T_HPP
-#endif
+#pragma once
 
 #include "../declaration.hpp"
 
@@ -45,5 +39,3 @@ struct StudentT : Declaration {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -1,12 +1,6 @@
 // Zeros with probability sigmoid(l) of a dropout logit l, else a negative binomial count. See
 // fastvae/likelihoods/zero_inflated_negative_binomial.py for the mathematics.
-
-#if defined(FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP) == defined(FASTVAE_TOGGLE)
-#ifdef FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP
-#undef FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP
-#else
-#define FASTVAE_LIKELIHOODS_ZERO_INFLATED_NEGATIVE_BINOMIAL_HPP
-#endif
+#pragma once
 
 #include "negative_binomial.hpp"
 
@@ -70,5 +64,3 @@ struct ZeroInflatedNegativeBinomial : NegativeBinomial {
 
 }  // namespace FASTVAE_ISA
 }  // namespace fastvae
-
-#endif

@@ -84,13 +84,6 @@ POINTS = {
     "refined": (100, 500, 2000, 5000, 20_000),
     "AIS": (100, 300, 1000),
 }
-# Text, index of the point that it is written at, its offset in points, and its alignment.
-LABELS = {
-    "posterior": ("draws from q", -1, (0, 8), "center"),
-    "adapted": ('"adapted"', 1, (10, -6), "left"),
-    "refined": ('"refined"', 0, (-8, 8), "right"),
-    "AIS": ("annealed importance\nsampling", -1, (0, 9), "center"),
-}
 
 
 def measure(vae: fastvae.VAE, x: Tensor) -> list[tuple[str, int, float, float]]:
@@ -109,40 +102,11 @@ def measure(vae: fastvae.VAE, x: Tensor) -> list[tuple[str, int, float, float]]:
     return found
 
 
-def draw(points: list[tuple[str, int, float, float]], path: Path, what: str) -> None:
-    """Draw log p(x) against time, and write the numbers next to the picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colors = {"posterior": "#999999", "adapted": "#e69f00", "refined": "#0072b2", "AIS": "#009e73"}
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for name in POINTS:
-        mine = [p for p in points if p[0] == name]
-        seconds, values = [1e3 * p[2] for p in mine], [p[3] for p in mine]
-        axes.plot(seconds, values, "o-", color=colors[name], lw=2, ms=5)
-        text, index, offset, align = LABELS[name]
-        bold = "bold" if name == "refined" else None
-        axes.annotate(
-            text, (seconds[index], values[index]), offset, textcoords="offset points", ha=align,
-            color=colors[name], fontweight=bold,
-        )  # fmt: skip
-        for s, v, (_, count, *_) in zip(seconds, values, mine, strict=True):
-            if name == "posterior":
-                axes.annotate(
-                    f"K = {count:,}", (s, v), (6, -10), textcoords="offset points", fontsize=8, color="#666"
-                )
-    axes.set_xscale("log")
-    axes.margins(x=0.14, y=0.16)
-    axes.set(xlabel="CPU milliseconds per image", ylabel="mean log p(x), nats", title=what)
-    axes.title.set_fontsize("medium")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=150)
+def write(points: list[tuple[str, int, float, float]], path: Path) -> None:
+    """Write the numbers of the picture, which ``python -m docs.pictures proposals`` draws."""
     rows = ["method,draws or steps,CPU seconds per image,log p(x)"]
     rows += [f"{name},{count},{seconds:.6f},{value:.4f}" for name, count, seconds, value in points]
-    path.with_suffix(".csv").write_text("\n".join(rows) + "\n")
+    path.write_text("\n".join(rows) + "\n")
 
 
 def main() -> None:
@@ -154,15 +118,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300, help="test images")
     parser.add_argument("--annealed", type=int, default=300, help="test images for AIS")
     parser.add_argument("--drawn", type=int, default=100, help="test images for the picture")
-    parser.add_argument("--picture", type=Path, help="draw this picture of the first objective instead")
+    parser.add_argument("--table", type=Path, help="write this CSV file of the first objective instead")
     options = parser.parse_args()
     options.models.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     images = idx_folder(options.data)
-    if options.picture:
+    if options.table:
         vae = trained(options.objectives[0], images.train, options.epochs, options.models)
-        what = f"log p(x) of {options.drawn} MNIST images, {LATENTS} latents: draws from q miss half a nat"
-        draw(measure(vae, images.test[: options.drawn]), options.picture, what)
+        write(measure(vae, images.test[: options.drawn]), options.table)
         return
     print("| trained by | proposal, draws | log p(x) | stderr, mean | k̂ > 0.7 | ESS, median | CPU s |")
     print("|---|---|---|---|---|---|---|")

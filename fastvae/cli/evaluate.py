@@ -264,13 +264,16 @@ def draw(result: Evaluation, path: Path, title: str) -> None:
     values = result.log_px[result.log_px.isfinite()].numpy()
     log_px.hist(values, bins="auto" if len(values) < 10_000 else 100, color="tab:blue")
     mean = float(values.mean()) if len(values) else math.nan
-    log_px.axvline(mean, color="black", lw=1, label=f"mean {mean:.2f}".replace("-", "−"))
+    log_px.axvline(
+        mean, color=log_px.xaxis.label.get_color(), lw=1, label=f"mean {mean:.2f}".replace("-", "−")
+    )
     log_px.set(xlabel="log p(x), nats", ylabel="examples", title="Examples")
     log_px.legend(fontsize="small")
 
     values = result.khat[result.khat.isfinite()].numpy()
     khat.hist(values, bins="auto" if len(values) < 10_000 else 100, color="tab:blue")
     label = f"{UNTRUSTED}: {100 * result.untrusted:.1f} % of the examples are above"
+    khat.margins(y=0.2)  # room for the legend
     khat.axvline(UNTRUSTED, color="tab:red", lw=1, label=label)
     khat.set(xlabel="Pareto k̂", ylabel="examples", title="Can log p(x) be trusted?")
     khat.legend(fontsize="small")

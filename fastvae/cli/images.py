@@ -29,6 +29,7 @@ class Images(NamedTuple):
     epochs: int
     says: str = "binarised"
     draw: Callable[[Tensor, torch.Generator], Tensor] = lambda x, g: torch.bernoulli(x, generator=g)
+    labels: Tensor | None = None  # of the test images
 
 
 def digits(likelihood: str = "bernoulli") -> Images:
@@ -36,12 +37,14 @@ def digits(likelihood: str = "bernoulli") -> Images:
     from sklearn.datasets import load_digits
 
     kind = kind_of(likelihood)
-    data = torch.tensor(load_digits().data, dtype=torch.float32)
+    bunch = load_digits()
     generator = torch.Generator().manual_seed(DATA_SEED)
-    data = data[torch.randperm(len(data), generator=generator)]
+    order = torch.randperm(len(bunch.data), generator=generator)
+    data = torch.tensor(bunch.data, dtype=torch.float32)[order]
     if likelihood == "bernoulli":
-        data = data / 16
-        return Images("digits", data[:1400], torch.bernoulli(data[1400:], generator=generator), (8, 8), 100)
+        data, labels = data / 16, torch.tensor(bunch.target)[order[1400:]]
+        test = torch.bernoulli(data[1400:], generator=generator)
+        return Images("digits", data[:1400], test, (8, 8), 100, labels=labels)
     test = kind.data(data[1400:], generator)
     # Decoders of classes or components have many outputs, and are slower.
     epochs = 20 if likelihood in ("categorical", "discretized_logistic_mixture") else 40

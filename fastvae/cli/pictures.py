@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastvae.distributions import StandardNormal
 
+from ..distributions.words import known_mean
 from . import latents
 from .images import Images
 from .training import TEST_SEED, Run
@@ -34,7 +35,7 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
             axes.set_title(f"trained with {result.name}", fontsize="medium")
         return figure
 
-    standard = runs[0].architecture.get("prior", latents.STANDARD) == latents.STANDARD
+    standard = _has_standard_prior(runs[0])
     draws, marginal = ("the same for both", "N(0, 1)") if standard else ("each model's own", "the prior")
     figures = {
         "samples": pair(_samples, f"Samples: mean of p(x|z) for z from the prior, {draws}", (9, 5)),
@@ -48,28 +49,46 @@ def draw(runs: list[Run], images: Images, out: Path, eval_k: int) -> list[Path]:
         figures["manifold"] = pair(
             _manifold, f"Latent plane: mean of p(x|z) at the quantiles of {marginal} along each axis", (11, 6)
         )
+    if _has_classes(runs[0], images):
+        figures["latents"] = pair(_scatter, "Means of q(z|x) of the test images, by class", (10, 5.4))
     figures["training"] = Figure(figsize=(9, 5), layout="constrained")
     _curves(figures["training"].subplots(), runs, eval_k)
-
-    best = runs[-1]
-    panels = [(_reconstructions, "test images and reconstructions"), (_samples, "samples from the prior")]
-    if "manifold" in figures:
-        panels.append((_manifold, f"latent plane, quantiles of {marginal}"))
-    figures["overview"] = Figure(figsize=(10, 9.6), layout="constrained")
-    first, *rest = figures["overview"].subplots(2, 2).flat
-    _curves(first, runs, eval_k)
-    first.set_box_aspect(1)
-    for axes, (panel, title) in zip(rest, panels, strict=False):
-        panel(axes, best, images)
-        axes.set_title(f"{best.name}: {title}", fontsize="medium")
-    for axes in rest[len(panels) :]:
-        axes.remove()
+    figures["overview"] = overview(runs, images, eval_k)
 
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")
         figure.savefig(paths[-1], dpi=110)
     return paths
+
+
+def overview(runs: list[Run], images: Images, eval_k: int) -> Any:
+    """Return the figure of the bounds of all models, and of the last one's latents, images and samples."""
+    from matplotlib.figure import Figure
+
+    best = runs[-1]
+    panels = [(_scatter, "means of q(z|x), by class")] if _has_classes(best, images) else []
+    panels += [(_reconstructions, "test images and reconstructions"), (_samples, "samples from the prior")]
+    if best.architecture["latent"] == 2:
+        marginal = "N(0, 1)" if _has_standard_prior(best) else "the prior"
+        panels.append((_manifold, f"latent plane, quantiles of {marginal}"))
+    figure = Figure(figsize=(12.5, 8.8), layout="constrained")
+    mosaic = figure.subplot_mosaic("CCa;bcd")
+    _curves(mosaic.pop("C"), runs, eval_k)
+    for axes, (panel, title) in zip(mosaic.values(), panels, strict=False):
+        panel(axes, best, images)
+        axes.set_title(f"{best.name}: {title}", fontsize="medium")
+    for axes in list(mosaic.values())[len(panels) :]:
+        axes.remove()
+    return figure
+
+
+def _has_standard_prior(result: Run) -> bool:
+    return bool(result.architecture.get("prior", latents.STANDARD) == latents.STANDARD)
+
+
+def _has_classes(result: Run, images: Images) -> bool:
+    return images.labels is not None and result.architecture["latent"] > 1
 
 
 def draw_likelihood(result: Run, images: Images, out: Path) -> Path:
@@ -151,6 +170,27 @@ def _manifold(axes: Any, result: Run, images: Images) -> None:
     axes.set_ylabel("z₂: 2.5 % to 97.5 %")
 
 
+@torch.no_grad()
+def _scatter(axes: Any, result: Run, images: Images) -> None:
+    """Plot the posterior means, of more than two latents the principal plane; label each class's centroid."""
+    from matplotlib import colormaps
+
+    assert images.labels is not None
+    q = result.model.posterior(images.test)
+    noise = torch.Generator(images.test.device).manual_seed(TEST_SEED)
+    mean = known_mean(q)
+    mean = (q.sample(100, generator=noise).mean(0) if mean is None else mean).float().cpu()
+    if mean.shape[1] > 2:
+        mean = mean - mean.mean(0)
+        mean = mean @ torch.linalg.svd(mean, full_matrices=False).Vh[:2].T
+    axes.set(xlabel="z₁", ylabel="z₂")
+    for label in images.labels.unique().tolist():
+        mine, color = mean[images.labels == label], colormaps["tab10"](label % 10)
+        axes.scatter(*mine.T, s=12, color=color, alpha=0.6, linewidths=0)
+        text = axes.text(*mine.mean(0), str(label), fontsize=15, fontweight="bold", ha="center", va="center")
+        text.set_bbox({"boxstyle": "circle,pad=0.1", "fc": axes.get_facecolor(), "ec": color, "alpha": 0.8})
+
+
 def _curves(axes: Any, runs: list[Run], eval_k: int) -> None:
     """Plot the bounds per epoch and the test log-likelihood."""
     final = [r.log_px.mean().item() for r in runs]
@@ -174,7 +214,7 @@ def _curves(axes: Any, runs: list[Run], eval_k: int) -> None:
             color=color,
             fontsize="small",
             # Legible where a curve passes behind it.
-            bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8},
+            bbox={"boxstyle": "square,pad=0.1", "fc": axes.get_facecolor(), "ec": "none", "alpha": 0.8},
         )
     # The first tenth of the curves may leave the plot below, so that the rest is legible.
     later = [v for r in runs for c in (r.train_curve, r.test_curve) for v in c[len(c) // 10 :]]

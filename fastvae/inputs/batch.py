@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_same_device, shape_of, signed
+from ..core.deferred import HiddenLayer
 from ..core.fast_path import are_batch
 from ..core.nested import (
     Conditioning,
@@ -198,12 +199,16 @@ def _is_deferred(returned: Any) -> bool:
     return type(returned) in (tuple, list) and any([_is_deferred(part) for part in returned])
 
 
+def _detached(t: Any) -> Any:
+    return t.detach() if t is not None and t.is_leaf else t
+
+
 def _frozen(returned: Any) -> Any:
     """Detach the weights of deferred last layers, except those that are not leaves: they may depend on z."""
     if type(returned) is LastLayer:
-        detached = [t.detach() if t is not None and t.is_leaf else t for t in returned.biases]
-        weights = [t.detach() if t.is_leaf else t for t in returned.weights]
-        return returned._replace(weights=tuple(weights), biases=tuple(detached))
+        weights, biases = map(_detached, returned.weights), map(_detached, returned.biases)
+        hidden = [HiddenLayer(_detached(w), _detached(b), a) for w, b, a in returned.hidden]
+        return returned._replace(weights=tuple(weights), biases=tuple(biases), hidden=tuple(hidden))
     if not _is_deferred(returned):
         return returned
     if isinstance(returned, Mapping):

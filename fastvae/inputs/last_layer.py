@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..core import fast_path
 from ..core.checks import FLOATING, shape_of
-from ..core.deferred import PLAIN, LastLayer, deferred_layer, is_allocated
+from ..core.deferred import PLAIN, HiddenLayer, LastLayer, deferred_layer, is_allocated
 from ..core.torch_private import (
     has_hooks,
     is_torchs,
     runs_torchs_call,
     torch_function_depth,
 )
+from ..ops.head import MOST_HIDDEN, hidden_may_pay, hidden_pay
 
 __all__ = ["FusedHead", "LastLayer"]
 
@@ -26,26 +29,114 @@ __all__ = ["FusedHead", "LastLayer"]
 
 
 def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
-    """Call a decoder, and defer its last layer where this is unobservable.
+    """Call a decoder, and defer its last layer, and hidden layers before it, where this is unobservable.
 
     The decoder must be exactly an ``nn.Linear``, or an ``nn.Sequential`` that ends in one. Other modules are
-    called as usual. The last layer is also called if a call of it or of the containers has side effects (a
-    hook, a replaced method, a mode, a sharded weight).
+    called as usual. Layers are also called if a call of them or of the containers has side effects (a hook,
+    a replaced method, a mode, a sharded weight).
     """
     if len(args) != 1 or not _is_forward_alone(decoder):
         return decoder(*args)
-    (value,) = args
-    if type(decoder) is nn.Sequential:
-        last = len(decoder) - 1
-        for i, module in enumerate(decoder):
-            if i == last:
-                return run_to_last_layer(module, value)
-            value = module(value)
-        return value
-    layer: Any = decoder
-    if not _is_product_alone(value, layer.weight, layer.bias):
+    *modules, layer = _opened(decoder) or [nn.Identity()]
+    if type(layer) is not nn.Linear or not _is_forward_alone(layer):
+        return decoder(*args)
+    value, hidden = _run_to_hidden_layers(modules, args[0], (layer.weight,), (layer.bias,))
+    if not hidden and not _are_products_alone(value, (), (layer.weight,), (layer.bias,)):
         return layer(value)
-    return deferred_layer(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]))
+    return deferred_layer(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]), hidden)
+
+
+def _opened(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that a call runs one after the other: those of containers that do no more."""
+    if type(module) is not nn.Sequential or not _is_forward_alone(module):
+        return [module]
+    return [inner for part in module for inner in _opened(part)]
+
+
+def _run_to_hidden_layers(
+    modules: Sequence[nn.Module],
+    value: Any,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+) -> tuple[Any, tuple[HiddenLayer, ...]]:
+    """Call modules up to hidden layers that can be deferred, before linear layers with these weights.
+
+    Returns:
+        The value so far, and the hidden layers; the whole value and none if they cannot be deferred.
+    """
+    first = len(modules)
+    hidden: tuple[HiddenLayer, ...] = ()
+    if not torch.compiler.is_compiling() and type(value) is Tensor and hidden_may_pay(value):
+        first, hidden = _hidden_layers(modules)
+    for module in modules[:first]:
+        value = module(value)
+    if hidden and type(value) is Tensor and value.dim() == 2:
+        widths = [layer.weight.shape[0] for layer in hidden]
+        if hidden_pay(value, widths) and _are_products_alone(value, hidden, weights, biases):
+            return value, hidden
+    for module in modules[first:]:
+        value = module(value)
+    return value, ()
+
+
+def _hidden_layers(modules: Sequence[nn.Module]) -> tuple[int, tuple[HiddenLayer, ...]]:
+    """Return the index of the first hidden layer at the end of a sequence of modules, and the layers."""
+    first, i = len(modules), len(modules) - 1
+    found: list[HiddenLayer] = []
+    while len(found) < MOST_HIDDEN:
+        activation = "identity"
+        while i >= 0 and type(modules[i]) is not nn.Linear:
+            its = _activation(modules[i])
+            if its is None or (its != "identity" and activation != "identity"):
+                return first, tuple(found)
+            activation = activation if its == "identity" else its
+            i -= 1
+        if i < 0 or not _is_forward_alone(modules[i]):
+            break
+        layer: Any = modules[i]
+        found.insert(0, HiddenLayer(layer.weight, layer.bias, activation))
+        first, i = i, i - 1
+    return first, tuple(found)
+
+
+def _elu(module: Any) -> str | None:
+    return f"elu:{module.alpha!r}" if type(module.alpha) in (int, float) and module.alpha >= 0 else None
+
+
+def _leaky_relu(module: Any) -> str | None:
+    slope = module.negative_slope
+    return f"leaky_relu:{slope!r}" if type(slope) in (int, float) and slope >= 0 else None
+
+
+def _softplus(module: Any) -> str | None:
+    return "softplus" if (module.beta, module.threshold) == (1, 20) else None
+
+
+# By the module's type: the activation of an object, None if it is another, and what its forward calls.
+_KNOWN: dict[type[nn.Module], tuple[Callable[[Any], str | None], Any, str]] = {
+    nn.Identity: (lambda m: "identity", None, ""),
+    nn.Dropout: (lambda m: None if m.training else "identity", None, ""),
+    nn.ReLU: (lambda m: "relu", functional, "relu"),
+    nn.Tanh: (lambda m: "tanh", torch, "tanh"),
+    nn.Sigmoid: (lambda m: "sigmoid", torch, "sigmoid"),
+    nn.SiLU: (lambda m: "silu", functional, "silu"),
+    nn.GELU: (lambda m: {"none": "gelu", "tanh": "gelu_tanh"}.get(m.approximate), functional, "gelu"),
+    nn.ELU: (_elu, functional, "elu"),
+    nn.LeakyReLU: (_leaky_relu, functional, "leaky_relu"),
+    nn.Softplus: (_softplus, functional, "softplus"),
+}
+_CALLED = {kind: getattr(owner, name) for kind, (_, owner, name) in _KNOWN.items() if owner is not None}
+
+
+def _activation(module: nn.Module) -> str | None:
+    """Return the activation that a call of the module computes and nothing else, or None."""
+    kind = type(module)
+    if kind not in _KNOWN or has_hooks(module) or not runs_torchs_call(module) or not is_torchs(kind):
+        return None
+    name_of, owner, name = _KNOWN[kind]
+    if owner is not None and getattr(owner, name) is not _CALLED[kind]:
+        return None
+    return name_of(module)
 
 
 def may_end_in_a_layer(decoder: Any) -> bool:
@@ -68,15 +159,27 @@ def _is_forward_alone(module: nn.Module) -> bool:
     return not has_hooks(module) and runs_torchs_call(module) and is_torchs(kind)
 
 
-def _is_product_alone(h: Any, weight: Any, bias: Any) -> bool:
-    """Return True if ``functional.linear`` of these is a plain matrix product of compatible tensors."""
-    tensors = (h, weight) if bias is None else (h, weight, bias)
-    if not all([type(t) in PLAIN for t in tensors]):
+def _are_products_alone(
+    h: Any,
+    hidden: Sequence[HiddenLayer],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> bool:
+    """Return True if ``functional.linear`` of each layer in turn is a plain product of compatible tensors."""
+    every = [h, *weights, *biases]
+    for layer in hidden:
+        every += layer[:2]
+    tensors = [t for t in every if t is not None]
+    if not all([type(t) in PLAIN for t in tensors]) or h.dim() != 2:
         return False
-    if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1]:
-        return False
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return False
+    width = h.shape[1]
+    pairs = [*[layer[:2] for layer in hidden], *zip(weights, biases, strict=True)]
+    for i, (weight, bias) in enumerate(pairs):
+        if weight.dim() != 2 or weight.shape[1] != width:
+            return False
+        if bias is not None and bias.shape != weight.shape[:1]:
+            return False
+        width = weight.shape[0] if i < len(hidden) else width
     for t in tensors:
         if t.dtype != h.dtype or t.dtype not in FLOATING or t.layout != torch.strided or t.device != h.device:
             return False
@@ -171,10 +274,15 @@ class FusedHead(nn.Module):
 
     def forward(self, *args: Any) -> LastLayer:
         """Return the layers and their input, the body's output for z."""
-        h = self.body(*args)
         layers: list[Any] = list(self.layers)
+        weights, biases = tuple([layer.weight for layer in layers]), tuple([layer.bias for layer in layers])
+        hidden: tuple[HiddenLayer, ...] = ()
+        if len(args) == 1 and _is_forward_alone(self.body):
+            h, hidden = _run_to_hidden_layers(_opened(self.body), args[0], weights, biases)
+        else:
+            h = self.body(*args)
         for i, layer in enumerate(layers):
-            self._check(i, layer, h)
+            self._check(i, layer, None if hidden else h)
         keep = _attached if torch.is_grad_enabled() else torch.Tensor.detach
         kind = h.device.type
         if torch.is_autocast_enabled(kind) and h.dtype != torch.float64:
@@ -186,16 +294,19 @@ class FusedHead(nn.Module):
         for t in (t for layer in layers for t in (layer.weight, layer.bias) if t is not None):
             if t.dtype != h.dtype:
                 raise TypeError(f"h has dtype {h.dtype} and a last layer {t.dtype}; cast one of them")
-        weights = tuple([keep(layer.weight) for layer in layers])
-        biases = tuple([None if layer.bias is None else keep(layer.bias) for layer in layers])
-        return deferred_layer(keep(h), weights, biases, self.event)
+        weights, biases = (
+            tuple([keep(w) for w in weights]),
+            tuple([None if b is None else keep(b) for b in biases]),
+        )
+        hidden = tuple([HiddenLayer(keep(w), None if b is None else keep(b), a) for w, b, a in hidden])
+        return deferred_layer(keep(h), weights, biases, self.event, hidden)
 
     def extra_repr(self) -> str:
         return "" if self.event is None else f"event={self.event}"
 
     @staticmethod
     def _check(i: int, layer: Any, h: Any) -> None:
-        """Reject a layer whose call is more than its product, and an incompatible input."""
+        """Reject a layer whose call is more than its product, and an incompatible input, if one is given."""
         hooks = has_hooks(layer)
         if hooks or _is_replaced(layer):
             what = "hooks" if hooks else f"a forward of its own ({type(layer).__name__})"
@@ -204,6 +315,8 @@ class FusedHead(nn.Module):
                 "torch.nn.utils.parametrizations for weight_norm and spectral_norm and "
                 "torch.nn.utils.prune.remove after pruning, or the decoder without FusedHead"
             )
+        if h is None:
+            return
         if not isinstance(h, Tensor) or h.dim() != 2 or h.shape[1] != layer.in_features:
             came = shape_of(h) if isinstance(h, Tensor) else type(h).__name__
             raise ValueError(

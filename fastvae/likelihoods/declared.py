@@ -260,7 +260,9 @@ class Declared(Likelihood):
             return None
         h = layer.input
         fits = self._event(layer, x) == tuple(x.shape[1:]) and len(h) == samples * len(x)
-        if not fits or not on_same_device(x.device, h.device) or not pays(len(h), size, h):
+        if not fits or not on_same_device(x.device, h.device):
+            return None
+        if not pays(len(h), size, h, layer.weights[0].shape[1]):
             return None
         if any([type(t) not in (Tensor, nn.Parameter) or t.dtype != h.dtype for t in layer.tensors]):
             return None
@@ -276,7 +278,8 @@ class Declared(Likelihood):
                 pairs = zip(layer.weights, layer.biases, strict=True)
                 bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
         own = [None if row is None else row.reshape(-1) for row in rows]
-        return Layers(h, weight, bias, *own, *[None] * (2 - len(own)))
+        first, second = [*own, None, None][:2]
+        return Layers(h, weight, bias, first, second, layer.hidden)
 
     @property
     def expected_names(self) -> tuple[str, ...]:

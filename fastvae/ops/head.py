@@ -13,6 +13,9 @@ block contains all samples of its rows: value and gradients then take one pass, 
 alone. If the bound is per row, its upstream gradient is unknown in the forward pass, and the backward pass
 recomputes the blocks.
 
+Hidden layers before the last one, each a linear map and an activation, may be computed in the same blocks: h
+is then the first one's input, and their values are discarded, too.
+
 Sums over rows are kept in float32 (float64 for float64), whatever the dtype of h and W.
 """
 
@@ -28,16 +31,23 @@ from torch import Tensor
 
 from ..core import backend as _backend
 from ..core.checks import check_data, check_same_device, check_tensor, shape_of
+from ..core.deferred import HiddenLayer
 from .likelihood import DECLARED, check_support, refuse, result_dtype
 from .op import Op, cast, or_none
 from .reduce import _HOW, BoundReduction, check_bound, check_grads, finish
 
+# Hidden layers of a call, at most. As in csrc/arguments.hpp.
+MOST_HIDDEN = 3
 # Tensors of each op: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
-# other outputs, each a row [X] or a number.
-_TENSORS = 6
-_INPUTS = "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? held0, Tensor? held1"
-# All of them but x have gradients.
+# other outputs, each a row [X] or a number; then weight [W, V] and bias [W] of each hidden layer, whose
+# activations follow the likelihood.
+_INPUTS = "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? held0, Tensor? held1" + "".join(
+    f", Tensor? hidden{i}, Tensor? hidden_bias{i}" for i in range(MOST_HIDDEN)
+)
+_TENSORS = 6 + 2 * MOST_HIDDEN
+# All of them but x have gradients: those of the last layer and the constants, then those of hidden layers.
 _GRADIENTS = _TENSORS - 1
+_LAST = _GRADIENTS - 2 * MOST_HIDDEN
 
 # A batch with fewer rows does not occupy all cores by rows; its samples are divided among them instead. As in
 # csrc/calls/head.hpp.
@@ -49,6 +59,8 @@ FEWEST_ROWS = 8
 # is smaller (measured: docs/NOTES.md).
 FEWEST_NUMBERS, ROWS_PER_INPUT = 2**18, 2
 FEWEST_BY_BLAS, NUMBERS_PER_INPUT = 2**20, 2**13
+# Hidden layers in blocks; weights of wider ones do not fit a core's own cache.
+FEWEST_HIDDEN_ROWS, WIDEST_HIDDEN = 128, 1024
 
 # True if the C++ has its own matrix product (AVX-512). Evaluated at import, before any compiler traces it.
 HAS_TILES = False
@@ -56,30 +68,51 @@ with contextlib.suppress(RuntimeError):  # without the extension
     HAS_TILES = _backend.extension().isa() == "avx512"
 
 
-def pays(rows: int, size: int, h: Tensor) -> bool:
-    """Return True if not storing an output [rows, size] is at least as fast as storing it."""
+def pays(rows: int, size: int, h: Tensor, inner: int) -> bool:
+    """Return True if not storing an output [rows, size] of a layer is at least as fast as storing it.
+
+    ``inner`` is the number of the layer's inputs, and h has the dtype and the device.
+    """
     if h.device.type != "cpu":
         # Fused on request alone, by a FusedHead, which saves memory.
         return True
     if h.dtype.itemsize == 2:
         return False  # torch's products in half precision are faster than the blocks' in float32
-    inner = h.shape[1]
     fewest, per_input = FEWEST_NUMBERS, ROWS_PER_INPUT
     if h.dtype == torch.float64 or not HAS_TILES:
         fewest, per_input = max(FEWEST_BY_BLAS, NUMBERS_PER_INPUT * inner), 2 * ROWS_PER_INPUT
     return rows * size >= fewest and rows >= per_input * inner
 
 
+def hidden_may_pay(h: Tensor) -> bool:
+    """Return True if :func:`hidden_pay` may be True for some widths."""
+    return HAS_TILES and h.dtype == torch.float32 and h.device.type == "cpu" and len(h) >= FEWEST_HIDDEN_ROWS
+
+
+def hidden_pay(h: Tensor, widths: Sequence[int]) -> bool:
+    """Return True if hidden layers of these widths, with input h, are faster in the blocks."""
+    most = max(widths)
+    return hidden_may_pay(h) and len(h) >= ROWS_PER_INPUT * most and most <= WIDEST_HIDDEN
+
+
 class _Layers:
-    """Weights and other parameters by output.
+    """Weights and other parameters by output, and hidden layers.
 
     Attributes:
         weights, biases: [X, H] each, and [X] or None, of the first outputs, which are products.
         constants: the other outputs, each a row [X] or one number.
+        hidden: the hidden layers.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *constants: Tensor | None):
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None, activations: str = ""
+    ):
+        constants, hidden = others[:2], others[2:]
         self.constants = tuple(p for p in constants if p is not None)
+        self.hidden = tuple(
+            HiddenLayer(hidden[2 * i], hidden[2 * i + 1], name)  # type: ignore[arg-type]
+            for i, name in enumerate(activations.split())
+        )
         self.products = weight.shape[0] // x.shape[1] if x.shape[1] else 1
         self.weights = weight.chunk(self.products) if self.products > 1 else (weight,)
         self.biases: tuple[Tensor | None, ...] = (None,) * self.products
@@ -97,7 +130,15 @@ class _Layers:
         n, (to_h, *others) = self.products, grads
         to_weight = torch.cat(others[:n]) if need[1] else None  # type: ignore[arg-type]
         to_bias = torch.cat(others[n : 2 * n]) if need[2] else None  # type: ignore[arg-type]
-        return to_h, to_weight, to_bias, *[*others[2 * n :], None, None][: _GRADIENTS - 3]
+        return to_h, to_weight, to_bias, *[*others[2 * n :], None, None][: _LAST - 3]
+
+    def wide(self, h: Tensor) -> tuple[Tensor, tuple[HiddenLayer, ...]]:
+        """Return the first hidden layer's input and the hidden layers in the dtype of the computation."""
+        dtype = result_dtype(h, *(t for layer in self.hidden for t in layer[:2] if t is not None))
+        layers = [
+            HiddenLayer(cast(w, dtype), b if b is None else cast(b, dtype), a) for w, b, a in self.hidden
+        ]
+        return cast(h, dtype), tuple(layers)
 
 
 def _refuse_outside(likelihood: str, x: Tensor) -> None:
@@ -107,18 +148,25 @@ def _refuse_outside(likelihood: str, x: Tensor) -> None:
         refuse(declared, x)
 
 
-def _check_inputs(contract, x, h, weight, bias, *constants):
+def _check_inputs(contract, x, h, weight, bias, *others):
     """Validate the inputs shared by all ops here, and return K."""
+    constants, hidden = others[:2], others[2:]
     if x.is_complex() or x.dim() != 2:
         contract.refuse("x", x, "[B, X]")
     batch, size = x.shape
     contract.expect("h", h, None, (-1, -1))
-    contract.expect("weight", weight, None, (-1, h.shape[1]))
+    inner = h.shape[1]
+    for i in range(0, len(hidden), 2):
+        if hidden[i] is not None:
+            contract.expect(f"hidden{i // 2}", hidden[i], None, (-1, inner))
+            inner = len(hidden[i])
+            contract.expect(f"hidden_bias{i // 2}", hidden[i + 1], None, (inner,))
+    contract.expect("weight", weight, None, (-1, inner))
     if h.shape[0] % batch if batch else h.shape[0]:
         contract.refuse("h", h, f"a multiple of x's {batch} rows")
     most = 3 - sum(p is not None for p in constants)
     if weight.shape[0] % size or not size <= weight.shape[0] <= most * size if size else weight.shape[0]:
-        contract.refuse("weight", weight, f"[m·{size}, {h.shape[1]}] of m outputs, 1 to {most}")
+        contract.refuse("weight", weight, f"[m·{size}, {inner}] of m outputs, 1 to {most}")
     contract.expect("bias", bias, None, (weight.shape[0],))
     for i, p in enumerate(constants):
         contract.expect(f"constant{i}", p, None, (size,), (1,), ())
@@ -132,7 +180,9 @@ class _LinearLogProbBackward(Op):
     replays = False  # its products depend on torch's settings
     name = "linear_log_prob_backward"
     results = ", ".join(["Tensor"] * _GRADIENTS)
-    schema = f"(Tensor grad, {_INPUTS}, str likelihood, bool[{_GRADIENTS}] need) -> ({results})"
+    schema = (
+        f"(Tensor grad, {_INPUTS}, str likelihood, str activations, bool[{_GRADIENTS}] need) -> ({results})"
+    )
 
     def __init__(self):
         self.native = functools.partial(_backend.native(self.name), self.composed("reference"))
@@ -140,23 +190,38 @@ class _LinearLogProbBackward(Op):
 
     def composed(self, backend):
         function = _backend.layer(backend, "head").linear_log_prob_backward
+        plain = _backend.layer("reference", "hidden")
 
         def backward(grad, *args):
-            x, h, *rest, likelihood, need = args
-            layers = _Layers(x, *rest)
-            grads = function(DECLARED[likelihood], grad, x, h, layers, layers.each(need))
-            return layers.together(grads, need)
+            x, h, *rest, likelihood, activations, need = args
+            layers = _Layers(x, *rest, activations=activations)
+            if not layers.hidden:
+                grads = function(DECLARED[likelihood], grad, x, h, layers, layers.each(need[:_LAST]))
+                return *layers.together(grads, need[:_LAST]), *[None] * (_GRADIENTS - _LAST)
+            first, hidden = layers.wide(h)
+            of_last = [need[0] or any(need[_LAST:]), *need[1:_LAST]]
+            value = plain.forward(first, hidden)
+            grads = function(DECLARED[likelihood], grad, x, value, layers, layers.each(of_last))
+            to_value, *rest_of_last = layers.together(grads, of_last)
+            below = [] if to_value is None else plain.backward(to_value, first, hidden)
+            below += [None] * (1 + _GRADIENTS - _LAST - len(below))
+            found = (below[0], *rest_of_last, *below[1:])
+            like = (h, *rest)
+            return tuple(
+                cast(g, t.dtype) if n and t is not None and g is not None else None
+                for g, t, n in zip(found, like, need, strict=True)
+            )
 
         return backward
 
     def check(self, grad, *args):
-        *tensors, _, _ = args
+        *tensors, _, _, _ = args
         samples = _check_inputs(self.contract, *tensors)
         dtype = result_dtype(*(t for t in tensors if t is not None))
         self.contract.expect("grad", grad, dtype, (samples, tensors[0].shape[0]))
 
     def fake(self, grad, x, *rest):
-        *tensors, _, need = rest
+        *tensors, _, _, need = rest
         return tuple(
             t.new_empty(t.shape) if n and t is not None else None for t, n in zip(tensors, need, strict=True)
         )
@@ -168,7 +233,7 @@ class _LinearLogProb(Op):
     module = "head"
     replays = False  # its products depend on torch's settings
     name = "linear_log_prob"
-    schema = f"({_INPUTS}, str likelihood) -> Tensor"
+    schema = f"({_INPUTS}, str likelihood, str activations) -> Tensor"
     gradient = _LinearLogProbBackward()
 
     def __init__(self):
@@ -177,34 +242,38 @@ class _LinearLogProb(Op):
 
     def _not_native(self, x, *rest):
         """Handle calls that the C++ does not: an empty product, no BLAS, or x out of range, which raises."""
-        _refuse_outside(rest[-1], x)
+        _refuse_outside(rest[-2], x)
         return self.composed("reference")(x, *rest)
 
     def composed(self, backend):
         function = _backend.layer(backend, "head").linear_log_prob
+        plain = _backend.layer("reference", "hidden")
 
         def log_prob(*args):
-            x, h, *rest, likelihood = args
-            return function(DECLARED[likelihood], x, h, _Layers(x, *rest))
+            x, h, *rest, likelihood, activations = args
+            layers = _Layers(x, *rest, activations=activations)
+            if layers.hidden:
+                h = plain.forward(*layers.wide(h))
+            return function(DECLARED[likelihood], x, h, layers)
 
         return log_prob
 
     def check(self, *args):
-        _check_inputs(self.contract, *args[:-1])
+        _check_inputs(self.contract, *args[:-2])
 
     def fake(self, x, h, *rest):
-        dtype = result_dtype(*(t for t in (x, h, *rest[:-1]) if t is not None))
+        dtype = result_dtype(*(t for t in (x, h, *rest[:-2]) if t is not None))
         return h.new_empty(h.shape[0] // x.shape[0], x.shape[0], dtype=dtype)
 
     def forward(self, run, ctx, *args):
         ctx.set_materialize_grads(False)
-        *tensors, ctx.likelihood = args
+        *tensors, ctx.likelihood, ctx.activations = args
         ctx.save_for_backward(*tensors)
         return run(*args)
 
     def backward(self, run, ctx, grad):
         need = list(ctx.needs_input_grad[1:_TENSORS])
-        return None, *run(grad, *ctx.saved_tensors, ctx.likelihood, need), None
+        return None, *run(grad, *ctx.saved_tensors, ctx.likelihood, ctx.activations, need), None, None
 
 
 class _ReduceLinearBackward(Op):
@@ -217,7 +286,7 @@ class _ReduceLinearBackward(Op):
     results = ", ".join(["Tensor"] * (_GRADIENTS + 1))
     schema = (
         f"(Tensor? grad_bound, Tensor? grad_log_likelihood, Tensor? weights, {_INPUTS}, Tensor? term, "
-        f"Tensor? beta, {_HOW}, str likelihood, bool[{_GRADIENTS + 1}] need) -> ({results})"
+        f"Tensor? beta, {_HOW}, str likelihood, str activations, bool[{_GRADIENTS + 1}] need) -> ({results})"
     )
 
     def native(self, *args):
@@ -230,7 +299,7 @@ class _ReduceLinearBackward(Op):
     @staticmethod
     def _by(rows, backend, args):
         grad_bound, grad_mean, weights, x, h, *rest = args
-        *others, term, beta, how, likelihood, need = rest
+        *others, term, beta, how, likelihood, activations, need = rest
         batch = x.shape[0]
         grad, grad_term = _backend.layer(backend, "reduce").reduce_backward(
             grad_bound,
@@ -242,7 +311,9 @@ class _ReduceLinearBackward(Op):
             batch,
             term.dim() if need[-1] else 0,
         )
-        grads = rows(grad, x, h, *others, likelihood, need[:-1]) if any(need[:-1]) else [None] * _GRADIENTS
+        grads = [None] * _GRADIENTS
+        if any(need[:-1]):
+            grads = rows(grad, x, h, *others, likelihood, activations, need[:-1])
         return *grads, grad_term if grad_term is None else grad_term.to(term.dtype).contiguous()
 
     def check(self, *args):
@@ -277,7 +348,7 @@ class _ReduceLinear(Op):
     shown = 2
     results = ", ".join(["Tensor"] * (3 + _GRADIENTS))
     schema = (
-        f"({_INPUTS}, Tensor? term, Tensor? beta, {_HOW}, str likelihood, bool terms, "
+        f"({_INPUTS}, Tensor? term, Tensor? beta, {_HOW}, str likelihood, str activations, bool terms, "
         f"bool[{_GRADIENTS}] need) -> ({results})"
     )
     gradient = _ReduceLinearBackward()
@@ -297,7 +368,7 @@ class _ReduceLinear(Op):
 
     def _not_native(self, x, *rest):
         """Handle calls that the C++ does not: an empty product, no BLAS, or x out of range, which raises."""
-        _refuse_outside(rest[-3], x)
+        _refuse_outside(rest[-4], x)
         return self.composed("reference")(x, *rest)
 
     def composed(self, backend):
@@ -307,19 +378,27 @@ class _ReduceLinear(Op):
         in_blocks = getattr(_backend.layer(backend, "head"), "reduce_linear", None)  # Triton's
 
         def function(*args):
-            *tensors, term, beta, how, likelihood, terms, need = args
+            *tensors, term, beta, how, likelihood, activations, terms, need = args
             x, h = tensors[:2]
-            if in_blocks and how.is_plain and h.numel() and self._at_once(x, h, how, terms, need):
+            if (
+                in_blocks
+                and not activations
+                and how.is_plain
+                and h.numel()
+                and self._at_once(x, h, how, terms, need)
+            ):
                 dtype = result_dtype(*(t for t in tensors if t is not None))
                 # Gradients keep full precision here: they are rounded to half once, after scaling.
                 rest: Any
                 h, *rest = [t if t is None else cast(t, dtype) for t in tensors[1:]]
                 layers = _Layers(x, *rest)
                 bound, weights, *grads = in_blocks(
-                    DECLARED[likelihood], x, h, layers, term, beta, how, layers.each(need)
+                    DECLARED[likelihood], x, h, layers, term, beta, how, layers.each(need[:_LAST])
                 )
-                return bound, None, weights, *layers.together(grads, need)
-            bound, mean, weights = finish(backend, how)(rows(*tensors, likelihood), term, beta, how, terms)
+                grads = layers.together(grads, need[:_LAST])
+                return bound, None, weights, *grads, *[None] * (_GRADIENTS - _LAST)
+            log_p = rows(*tensors, likelihood, activations)
+            bound, mean, weights = finish(backend, how)(log_p, term, beta, how, terms)
             grads = [None] * _GRADIENTS
             if self._at_once(x, h, how, terms, need):
                 samples = h.shape[0] // x.shape[0]
@@ -327,8 +406,8 @@ class _ReduceLinear(Op):
                     torch.ones_like(bound), None, weights, beta, how, samples, x.shape[0], 0
                 )
                 # Keep full precision here: the gradients are rounded to half once, after scaling.
-                wide = [x, *(cast(t, bound.dtype) for t in tensors[1:])]
-                grads = rows_backward(arrives, *wide, likelihood, need)
+                wide = [x, *(t if t is None else cast(t, bound.dtype) for t in tensors[1:])]
+                grads = rows_backward(arrives, *wide, likelihood, activations, need)
             return bound, mean, weights, *grads
 
         return function
@@ -339,7 +418,7 @@ class _ReduceLinear(Op):
         check_bound(self.contract, len(tensors[0]), len(tensors[1]), term, beta, how)
 
     def fake(self, x, h, *rest):
-        *others, term, _, how, _, terms, need = rest
+        *others, term, _, how, _, _, terms, need = rest
         batch, dtype = x.shape[0], result_dtype(*(t for t in (x, h, *others) if t is not None))
         bound = h.new_empty((batch,) if how.reduction == "none" else (), dtype=dtype)
         weights = None
@@ -355,7 +434,7 @@ class _ReduceLinear(Op):
     def forward(self, run, ctx, *args):
         results = run(*args)
         bound, mean, weights, *kept = results
-        *tensors, ctx.how, ctx.likelihood, _, _ = args
+        *tensors, ctx.how, ctx.likelihood, ctx.activations, _, _ = args
         ctx.set_materialize_grads(False)
         differentiable = (bound, mean) if ctx.how.over == "mean" else (bound,)
         ctx.mark_non_differentiable(
@@ -373,10 +452,11 @@ class _ReduceLinear(Op):
         needs = ctx.needs_input_grad
         need = [*needs[1:_TENSORS], needs[_TENSORS]]
         grad_mean = or_none(grad_mean) if grad_bound is not None else grad_mean
-        rest = (None,) * 5  # beta, how, likelihood, terms, need
+        rest = (None,) * 6  # beta, how, likelihood, activations, terms, need
         kept = ctx.kept and all(or_none(g) is not None for g, n in zip(ctx.kept, need[:-1], strict=True) if n)
         if not kept or grad_bound is None or grad_mean is not None or torch.is_grad_enabled():
-            grads = run(grad_bound, grad_mean, weights, *tensors, ctx.how, ctx.likelihood, need)
+            others = ctx.how, ctx.likelihood, ctx.activations, need
+            grads = run(grad_bound, grad_mean, weights, *tensors, *others)
             return None, *grads, *rest
         # Released: a second backward pass recomputes them.
         kept, ctx.kept = ctx.kept, None
@@ -397,17 +477,33 @@ class _ReduceLinear(Op):
 
 
 class Layers(NamedTuple):
-    """Unmultiplied last layer in place of a decoder's output.
+    """Unmultiplied last layers in place of a decoder's output.
 
     h is [K·B, H], weight [m·X, H] and bias [m·X] or None belong to the first m outputs; each further output
-    is a row [X], one number [1], or None if there are fewer.
+    is a row [X], one number [1], or None if there are fewer. h is the input of the hidden layers, if any.
     """
 
     h: Tensor
     weight: Tensor
     bias: Tensor | None
-    held0: Tensor | None
-    held1: Tensor | None
+    held0: Tensor | None = None
+    held1: Tensor | None = None
+    hidden: tuple[HiddenLayer, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return the op's tensors after x."""
+        if not self.hidden:
+            return *self[:5], *_NO_HIDDEN
+        of_hidden = [t for layer in self.hidden for t in layer[:2]]
+        return *self[:5], *of_hidden, *_NO_HIDDEN[len(of_hidden) :]
+
+    @property
+    def activations(self) -> str:
+        return " ".join([layer.activation for layer in self.hidden]) if self.hidden else ""
+
+
+_NO_HIDDEN = (None,) * (2 * MOST_HIDDEN)
 
 
 _linear_log_prob = _LinearLogProb()
@@ -424,13 +520,14 @@ def reduce_linear(
     terms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the bound of a batch, as :func:`fastvae.ops.reduce.reduce`, for x [B, X] and :class:`Layers`."""
-    bound, mean = _reduce_linear(x, *layers, term, beta, how, likelihood, terms)
+    activations = layers.activations
+    bound, mean = _reduce_linear(x, *layers.tensors, term, beta, how, likelihood, activations, terms)
     return bound, mean if terms else None
 
 
 def linear_rows(likelihood: str, x: Tensor, layers: Layers) -> Tensor:
     """Return log p(x|z) [K, B] for x [B, X] and :class:`Layers`."""
-    return _linear_log_prob(x, *layers, likelihood)
+    return _linear_log_prob(x, *layers.tensors, likelihood, layers.activations)
 
 
 def linear_log_prob(
@@ -513,5 +610,6 @@ def linear_log_prob(
             raise ValueError(f"{name} has shape {shape_of(p)}; expected one number, or X = {size} of them")
         check_same_device(name, p, "x", x)
         rows.append(p.reshape(-1))
-    layers = Layers(h.reshape(-1, h.shape[-1]), weight, bias, *rows, *[None] * (2 - len(rows)))
+    first, second = [*rows, None, None][:2]
+    layers = Layers(h.reshape(-1, h.shape[-1]), weight, bias, first, second)
     return linear_rows(likelihood, x.reshape(len(x), size), layers).reshape(h.shape[:-1])

@@ -1,10 +1,15 @@
 """Tests with other people's libraries, as they are: ``python -m tools.integrations``."""
 
+import contextlib
+import functools
+import io
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +26,20 @@ def run_example(name: str) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@functools.cache
+def run_tutorial(path: str) -> tuple[dict[str, Any], str]:
+    """Run ``docs/tutorials/<path>.py``, and return its names and what it prints."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()) as printed:
+        names = runpy.run_path(str(ROOT / "docs" / "tutorials" / f"{path}.py"))
+    pyplot.close("all")
+    return names, printed.getvalue()
 
 
 def noise(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .blocks import ROOT
@@ -27,26 +28,28 @@ def in_copy(folder: Path, file: str) -> Path:
     return folder / file.replace("kernels/", "fastvae/kernels/", 1 if file.startswith("kernels/") else 0)
 
 
-def build(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Compile the extension of a copy, with further options."""
+def build(folder: Path, *options: str, jobs: int = 1) -> subprocess.CompletedProcess[str]:
+    """Compile the extension of a copy, with further options, `jobs` files at a time."""
     import pybind11
 
     target = folder / "fastvae" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    runpy.run_path(str(folder / "csrc/list_likelihoods.py"))["write"](target.parent)
+    objects = folder / "build"
+    units = runpy.run_path(str(folder / "csrc/generate.py"))["write"](objects)
+    if "-DFASTVAE_BASE_ONLY" in options:
+        units = [unit for unit in units if unit.stem.endswith("_base")]
     python = sysconfig.get_paths()["include"]
-    includes = [f"-I{p}" for p in (folder / "csrc", pybind11.get_include(), python, target.parent)]
-    flags = (
-        "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -shared -fPIC -fopenmp-simd -fvisibility=hidden"
-    )
-    command = [
-        "c++",
-        *flags.split(),
-        *options,
-        *includes,
-        str(folder / "csrc/bindings.cpp"),
-        "-o",
-        str(target),
-    ]
+    includes = [f"-I{p}" for p in (folder / "csrc", pybind11.get_include(), python, objects)]
+    flags = "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -fPIC -fopenmp-simd -fvisibility=hidden"
+
+    def compiled(source: Path) -> subprocess.CompletedProcess[str]:
+        command = ["c++", *flags.split(), *options, *includes, "-c", str(source), "-o"]
+        return subprocess.run([*command, str(objects / f"{source.stem}.o")], capture_output=True, text=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(compiled, [folder / "csrc/bindings.cpp", *units]))
+    if failed := [one for one in done if one.returncode]:
+        return failed[0]
+    command = ["c++", "-shared", *options, *map(str, sorted(objects.glob("*.o"))), "-o", str(target)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -1,6 +1,6 @@
 """
-Posteriors and priors, as pictures
-==================================
+Which posterior?
+================
 
 A posterior q(z|x) is what the encoder returns: two numbers for each latent, a full covariance, or a
 mixture. Which one suits is seen on the exact posterior, which two latents allow to draw.
@@ -83,4 +83,5 @@ for place, (name, encoder) in zip(axes, encoders.items(), strict=True):
         drawn, _ = q.rsample_log_prob(400, torch.tensor(1))
     place.scatter(*drawn[:, 0].T, s=6, color="#0072b2", alpha=0.6)
     place.set(title=name, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xlabel="$z_1$")
+figure.suptitle("The exact posterior of one example (grey), and draws from q (blue)")
 axes[0].set_ylabel("$z_2$")

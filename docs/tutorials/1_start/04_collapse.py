@@ -64,4 +64,5 @@ for place, (name, result) in zip(axes, found.items(), strict=True):
     place.bar(range(LATENTS), kl, color=["#0072b2" if v > 0.05 else "#cccccc" for v in kl])
     place.set(title=f"{name}\nlog p(x) {-result.nll:.2f}", xticks=[], xlabel="latents, sorted")
     place.spines[["top", "right"]].set_visible(False)
+figure.suptitle("KL of each latent by objective: the larger β, the fewer latents are used")
 axes[0].set_ylabel("KL, nats")

@@ -83,4 +83,5 @@ for place, (name, values) in zip(axes, panels.items(), strict=True):
     place.scatter(values[:, 0], values[:, 1], s=5, color="#0072b2", alpha=0.5)
     place.axhspan(-torch.pi, torch.pi, color="#f2f2f2", zorder=0)
     place.set(title=title, xlim=(-6, 6), ylim=(-6, 6), xlabel="first angle")
+figure.suptitle("Draws of two angles: a Gaussian draws beyond ±π, outside the grey band")
 axes[0].set_ylabel("second angle")
