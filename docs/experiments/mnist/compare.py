@@ -23,7 +23,7 @@ Loss = Callable[[fastvae.VAE, Tensor, int], Tensor]
 
 
 def plain(vae: fastvae.VAE, x: Tensor, eps: Tensor) -> Tensor:
-    """Return the loss as it is written without fastvae: IWAE, or the ELBO with the analytic KL for one draw."""
+    """Return the loss as it is written without fastvae: IWAE; for one draw the ELBO, with the analytic KL."""
     mu, logvar = vae.encoder(x).chunk(2, 1)
     z = mu + (0.5 * logvar).exp() * eps
     logits = vae.decoder(z.flatten(0, 1)).unflatten(0, eps.shape[:2])
@@ -83,8 +83,13 @@ def compared(train: Tensor, k: int, epochs: int) -> list[tuple[str, int, int, fl
 
 
 def write(rows: list[tuple[str, int, int, float, float]], file: Path = COMPARED) -> None:
-    """Write the curves to a file."""
+    """Write the curves to a file, in place of those of the same K."""
+    found = [(n, str(k), str(e), f"{s:.2f}", f"{v:.5f}") for n, k, e, s, v in rows]
+    if file.exists():
+        with file.open(newline="") as source:
+            old = [tuple(line) for line in csv.reader(source)][1:]
+        found = [line for line in old if line[1] != found[0][1]] + found
     with file.open("w", newline="") as to:
         table = csv.writer(to, lineterminator="\n")
         table.writerow(("by", "K", "epoch", "CPU seconds", "bound"))
-        table.writerows([(n, k, e, f"{s:.2f}", f"{v:.5f}") for n, k, e, s, v in rows])
+        table.writerows(found)
