@@ -92,7 +92,9 @@ PYBIND11_MODULE(_C, m) {
 
   using namespace fastvae;
   const std::string torch = py::module_::import("torch").attr("__file__").cast<std::string>();
-  const std::string library = torch.substr(0, torch.find_last_of('/')) + "/lib/libtorch_cpu.so";
+  const std::string folder = torch.substr(0, torch.find_last_of('/')) + "/lib/";
+  const std::string library = folder + "libtorch_cpu.so";
+  openmp_library() = folder + "libomp.dylib";
   torch_interface().find(library.c_str());
   find_blas(library.c_str());
   // Reads a tensor's description in either way; for tests.

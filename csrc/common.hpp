@@ -196,9 +196,11 @@ struct Tile {
   bool dense(i64 stride) const { return rows == 1 || (pitch == n && stride == n); }
 };
 
-// Returns the tile of a strided matrix that begins at p in the compute type, in place where possible.
+// Returns the tile of a strided matrix that begins at p in the compute type, in place where possible. In half
+// precision it is a function of its own, as commit() is: inlined wherever a tile is read or written, the
+// conversions were a third of the code of a draw.
 template <class T>
-inline const compute_t<T>* load(compute_t<T>* buffer, const T* p, i64 s0, i64 s1, const Tile& t) {
+inline const compute_t<T>* load_rows(compute_t<T>* buffer, const T* p, i64 s0, i64 s1, const Tile& t) {
   if (s1 == 1 && t.dense(s0)) return load(buffer, p, 1, t.size());
   for (int r = 0; r < t.rows; ++r) {
     compute_t<T>* row = buffer + r * t.pitch;
@@ -208,13 +210,26 @@ inline const compute_t<T>* load(compute_t<T>* buffer, const T* p, i64 s0, i64 s1
   return buffer;
 }
 
+template <class T>
+FASTVAE_LOOP const compute_t<T>* load_half(compute_t<T>* buffer, const T* p, i64 s0, i64 s1, const Tile& t) {
+  return load_rows(buffer, p, s0, s1, t);
+}
+template <class T>
+inline const compute_t<T>* load(compute_t<T>* buffer, const T* p, i64 s0, i64 s1, const Tile& t) {
+  if constexpr (sizeof(T) == sizeof(compute_t<T>)) {
+    return load_rows(buffer, p, s0, s1, t);
+  } else {
+    return load_half(buffer, p, s0, s1, t);
+  }
+}
+
 // Buffer for a tile whose destination is rows s0 apart at p, and how it is stored there.
 template <class T>
 FASTVAE_INLINE compute_t<T>* target(T* p, compute_t<T>* buffer, i64 s0, const Tile& t) {
   return p && t.dense(s0) ? target(p, buffer) : buffer;
 }
 template <class T>
-inline void commit(T* p, const compute_t<T>* from, i64 s0, const Tile& t) {
+inline void commit_rows(T* p, const compute_t<T>* from, i64 s0, const Tile& t) {
   if (t.dense(s0)) return commit(p, from, t.size());
   for (int r = 0; r < t.rows; ++r) {
     if constexpr (sizeof(T) == sizeof(compute_t<T>)) {
@@ -222,6 +237,19 @@ inline void commit(T* p, const compute_t<T>* from, i64 s0, const Tile& t) {
     } else {
       commit(p + r * s0, from + r * t.pitch, t.n);
     }
+  }
+}
+
+template <class T>
+FASTVAE_LOOP void commit_half(T* p, const compute_t<T>* from, i64 s0, const Tile& t) {
+  commit_rows(p, from, s0, t);
+}
+template <class T>
+inline void commit(T* p, const compute_t<T>* from, i64 s0, const Tile& t) {
+  if constexpr (sizeof(T) == sizeof(compute_t<T>)) {
+    commit_rows(p, from, s0, t);
+  } else {
+    commit_half(p, from, s0, t);
   }
 }
 

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <math.h>  // lgamma_r
+#ifdef __APPLE__
+extern "C" double lgamma_r(double, int*);  // declared there for -pthread alone
+#endif
 
 #include "common.hpp"
 

@@ -1,6 +1,6 @@
 // The three products of a linear layer: outputs = h W' + bias, and from the outputs' gradients those of h and
 // of W. Uses torch's BLAS; in float with AVX-512 separate tiles, since that BLAS leaves half of the vectors'
-// width unused on AMD's processors (measured: 107 and 250 of 255 GFLOP/s per core; docs/NOTES.md).
+// width unused on AMD's processors (measured: 107 and 250 of 255 GFLOP/s per core; docs/log.md).
 #pragma once
 
 #include "common.hpp"

@@ -5,7 +5,8 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#ifdef __linux__
+#include <string>
+#if defined(__linux__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
 
@@ -14,12 +15,18 @@ namespace fastvae {
 using i64 = std::int64_t;
 using address = std::uintptr_t;
 
-// Below this many elements a thread costs more than it saves (measured: docs/NOTES.md).
+// Below this many elements a thread costs more than it saves (measured: docs/log.md).
 constexpr i64 kElementsPerThread = 20000;
+
+// Where macOS's torch has its OpenMP runtime: an extension's libraries are not visible there by name.
+inline std::string& openmp_library() {
+  static std::string path;
+  return path;
+}
 
 // The OpenMP runtime that torch loaded into this process, whichever compiler built this file. None is linked:
 // a second one would compete for the cores. GNU's, LLVM's and Intel's runtimes all have these functions on
-// Linux; elsewhere one thread computes.
+// Linux, LLVM's on macOS; without them one thread computes.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*thread)() = nullptr;
@@ -29,17 +36,23 @@ struct OpenMP {
 #ifdef __linux__
     // Torch loads its runtime with global visibility; where it did not, GNU's is opened by name, which finds
     // a loaded one.
-    for (const char* library : {static_cast<const char*>(nullptr), "libgomp.so.1"}) {
-      void* handle = dlopen(library, RTLD_LAZY);
-      if (handle == nullptr) continue;
-      thread = reinterpret_cast<int (*)()>(dlsym(handle, "omp_get_thread_num"));
-      threads = reinterpret_cast<int (*)()>(dlsym(handle, "omp_get_num_threads"));
-      void* function = thread && threads ? dlsym(handle, "GOMP_parallel") : nullptr;
-      parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(function);
-      if (parallel) return;
-    }
+    if (!find(dlopen(nullptr, RTLD_LAZY))) find(dlopen("libgomp.so.1", RTLD_LAZY));
+#elif defined(__APPLE__)
+    find(dlopen(openmp_library().c_str(), RTLD_LAZY | RTLD_NOLOAD));
 #endif
   }
+
+ private:
+#if defined(__linux__) || defined(__APPLE__)
+  bool find(void* library) {
+    if (library == nullptr) return false;
+    thread = reinterpret_cast<int (*)()>(dlsym(library, "omp_get_thread_num"));
+    threads = reinterpret_cast<int (*)()>(dlsym(library, "omp_get_num_threads"));
+    void* function = thread && threads ? dlsym(library, "GOMP_parallel") : nullptr;
+    parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(function);
+    return parallel != nullptr;
+  }
+#endif
 };
 inline const OpenMP& openmp() {
   static const OpenMP runtime;

@@ -5,10 +5,7 @@
 // FASTVAE_BASE_ONLY: a quick build for development, sanitisers and mutation checks.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(FASTVAE_BASE_ONLY)
 #define FASTVAE_AVX2 1
-// Untested with clang.
-#ifndef __clang__
 #define FASTVAE_AVX512 1
-#endif
 #endif
 
 #ifndef FASTVAE_ISA

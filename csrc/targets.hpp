@@ -1,6 +1,10 @@
 // The choice of an instruction set's kernels at run time.
 #pragma once
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -16,26 +20,40 @@ namespace fastvae {
 
 enum class Isa { base, avx2, avx512 };
 
+#ifdef FASTVAE_AVX2
+// What the processor and the operating system, which must save the wider registers, support. Asked by hand:
+// __builtin_cpu_supports needs a part of the compiler's runtime that not every toolchain links.
+inline Isa supported_isa() {
+  const auto bit = [](unsigned word, int number) { return (word >> number & 1u) != 0; };
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0, saved = 0, high = 0;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Isa::base;
+  const bool fma = bit(ecx, 12), xsave = bit(ecx, 27), avx = bit(ecx, 28);
+  if (!fma || !xsave || !avx) return Isa::base;
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  constexpr unsigned ymm = 0x6, zmm = 0xe6;  // XMM and YMM; the masks and ZMM as well
+  if ((saved & ymm) != ymm || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return Isa::base;
+  const bool bmi = bit(ebx, 3), avx2 = bit(ebx, 5), bmi2 = bit(ebx, 8);
+  if (!bmi || !avx2 || !bmi2) return Isa::base;
+#ifdef FASTVAE_AVX512
+  const bool f = bit(ebx, 16), dq = bit(ebx, 17), cd = bit(ebx, 28), bw = bit(ebx, 30), vl = bit(ebx, 31);
+  if (f && dq && cd && bw && vl && (saved & zmm) == zmm) return Isa::avx512;
+#endif
+  return Isa::avx2;
+}
+#endif
+
 // The best instruction set that this processor supports and FASTVAE_ISA (for tests) allows.
 inline Isa choose_isa() {
-  Isa best = Isa::base;
 #ifdef FASTVAE_AVX2
-  __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  if (v3) best = Isa::avx2;
-#ifdef FASTVAE_AVX512
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
-  if (v4) best = Isa::avx512;
-#endif
+  const Isa best = supported_isa();
   if (const char* wanted = std::getenv("FASTVAE_ISA")) {
-    if (!std::strcmp(wanted, "base")) best = Isa::base;
-    if (!std::strcmp(wanted, "avx2") && best == Isa::avx512) best = Isa::avx2;
+    if (!std::strcmp(wanted, "base")) return Isa::base;
+    if (!std::strcmp(wanted, "avx2") && best == Isa::avx512) return Isa::avx2;
   }
-#endif
   return best;
+#else
+  return Isa::base;
+#endif
 }
 
 inline const Isa isa = choose_isa();

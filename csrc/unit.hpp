@@ -13,7 +13,7 @@
 #endif
 
 #include <math.h>
-#ifdef __linux__
+#if defined(__linux__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
 #ifdef __SSE2__
@@ -49,25 +49,32 @@
 #include "products.hpp"
 #include "target.hpp"
 
+// clang takes the features one by one: its "x86-64-v4" prefers vectors of half the length.
 #if defined(FASTVAE_FOR_AVX512)
 #ifdef FASTVAE_AVX512
+#ifdef __clang__
+#pragma clang attribute push(                                                                 \
+    __attribute__((target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), \
+    apply_to = function)
+#include FASTVAE_UNIT
+#pragma clang attribute pop
+#else
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #include FASTVAE_UNIT
 #pragma GCC pop_options
 #endif
+#endif
 #elif defined(FASTVAE_FOR_AVX2)
 #ifdef FASTVAE_AVX2
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2"))), apply_to = function)
+#include FASTVAE_UNIT
+#pragma clang attribute pop
 #else
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
-#endif
 #include FASTVAE_UNIT
-#ifdef __clang__
-#pragma clang attribute pop
-#else
 #pragma GCC pop_options
 #endif
 #endif

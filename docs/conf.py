@@ -101,13 +101,6 @@ def write_api() -> None:
         "Likelihood": "log_prob, log_likelihood, mean, sample, parameters_of",
         "Bound": "value, paths, check, route",
     }
-    # Names that fastvae's own modules share.
-    internal = {
-        *("MultivariateStudentT", "StratifiedMixture", "as_module", "check_support", "closed_kl", "describe"),
-        *("diagonal", "draw_chunk", "draw_kl", "draw_prior", "draw_ratio", "draw_strata", "draw_z"),
-        *("expanded_at_address", "flat_prior", "frozen", "is_conditional", "is_family", "known_mean"),
-        *("log_stratum_weights", "tensors_of", "as_proposal"),
-    }
     # Results that are returned, and have no public name.
     results = (
         *("objectives.log_weights.LogWeights", "objectives.beta_tc.BetaTCTerms"),
@@ -125,7 +118,7 @@ def write_api() -> None:
             lines += [inspect.cleandoc(value.__doc__), ""]
         for name in value.__all__:
             member = getattr(value, name)
-            if not callable(member) or name in internal:
+            if not callable(member):
                 continue
             kind = "class" if inspect.isclass(member) else "function"
             lines += [f".. auto{kind}:: {module}.{name}"]

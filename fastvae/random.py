@@ -102,7 +102,7 @@ def draw_seed(device: torch.device | str = "cpu", generator: torch.Generator | N
 
 NOISES = ("philox", "qmc")
 # Independent randomisations of one point set, whose spread estimates the error: fewer use the points better,
-# more estimate the error better (docs/NOTES.md).
+# more estimate the error better (docs/log.md).
 RANDOMISATIONS = 8
 # Increment between the seeds of randomisations: odd, from the golden ratio.
 _STEP = 0x9E3779B97F4A7C15 - 2**64

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch import distributions as td
+from typing_extensions import Unpack
 
 from .core.checks import FLOATING, INTEGERS, check_choice, check_count
 from .core.hints import teaches
 from .core.nested import Conditioning, as_mask, called, decoded, each, repeat, tensors, where_observed
 from .core.options import OBJECTIVES, Objective
-from .distributions import Distribution, Hierarchy, as_posterior, as_prior, is_conditional
+from .distributions import Distribution, Hierarchy, as_posterior, as_prior
 from .distributions.base import as_module
+from .distributions.read import is_conditional
 from .distributions.tensors import tensors_of
 from .distributions.words import known_mean
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
@@ -24,6 +26,13 @@ from .estimation.evaluation import Evaluation, evaluate
 from .estimation.imputation import Imputation, impute, posterior_mean
 from .estimation.log_marginal import log_marginal as _log_marginal
 from .estimation.log_marginal import reconstruction_log_prob as _reconstruction_log_prob
+from .estimation.options import (
+    AISOptions,
+    BDMCOptions,
+    EvaluateOptions,
+    LogMarginalOptions,
+    ReconstructionOptions,
+)
 from .estimation.refined import refined_posterior
 from .estimation.stream import Chunks
 from .estimation.weights import LogMarginal
@@ -39,22 +48,17 @@ from .objectives.bounds import Bound
 from .objectives.elbo import elbo as _elbo
 from .objectives.iwae import bound as _bound
 from .objectives.iwae import iwae as _iwae
-from .objectives.options import Terms
+from .objectives.options import (
+    BetaTCOptions,
+    ElboOptions,
+    IwaeOptions,
+    QObjectiveOptions,
+    SleepOptions,
+    Terms,
+)
 from .objectives.wake_sleep import simulate, sleep
 from .ops.head import FEWEST_NUMBERS
 from .random import draw_seed
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .estimation.options import (
-        AISOptions,
-        BDMCOptions,
-        EvaluateOptions,
-        LogMarginalOptions,
-        ReconstructionOptions,
-    )
-    from .objectives.options import BetaTCOptions, ElboOptions, IwaeOptions, QObjectiveOptions, SleepOptions
 
 __all__ = ["VAE"]
 

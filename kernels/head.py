@@ -3,7 +3,7 @@
 Forward, a program computes tiles of h W' in registers and applies the likelihood there. Backward, blocks of
 rows go through torch's product, the likelihood's kernel and two more products while they lie in the L2 cache:
 a program that kept a tile of a gradient in registers would recompute the output for every 64 of the layer's
-inputs (docs/NOTES.md). Heavy likelihoods, and float64, for which matrix units are not universal, take this
+inputs (docs/log.md). Heavy likelihoods, and float64, for which matrix units are not universal, take this
 route forward too.
 """
 

@@ -17,7 +17,7 @@ from fastvae.core.special import digamma_excess, half_step, half_step_slope, log
 
 # Errors of the elementary functions, in units of the unit roundoff (half an ulp of 1): CUDA documents 2 ulp
 # for expf; csrc/elementary.hpp, kernels/elementary.py and torch are within 1.3. The noise is within 4 ulp of
-# its definition over 10^7 draws (docs/NOTES.md).
+# its definition over 10^7 draws (docs/log.md).
 EXP = LOG = 4
 NOISE = 8
 

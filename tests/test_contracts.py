@@ -11,7 +11,8 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.distributions import DiagonalNormal, Distribution, StandardNormal, closed_kl, register_kl
+from fastvae.distributions import DiagonalNormal, Distribution, StandardNormal, register_kl
+from fastvae.distributions.closed_form import closed_kl
 from fastvae.likelihoods import Gaussian, Likelihood
 
 from . import models

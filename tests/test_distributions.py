@@ -21,15 +21,13 @@ from fastvae.distributions import (
     Mixture,
     StandardNormal,
     TorchDistribution,
-    closed_kl,
-    draw_chunk,
-    draw_kl,
-    draw_ratio,
     draws,
-    frozen,
     register_kl,
     rsample_log_prob,
 )
+from fastvae.distributions.closed_form import closed_kl
+from fastvae.distributions.draws import draw_chunk, draw_kl, draw_ratio
+from fastvae.distributions.tensors import frozen
 from fastvae.objectives.bounds import IWAE, WakePhi
 from fastvae.objectives.from_weights import bound_from_weights
 

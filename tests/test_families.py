@@ -29,18 +29,17 @@ from fastvae.distributions import (
     Mixture,
     NormalMixture,
     StandardNormal,
-    StratifiedMixture,
     StudentT,
     TorchDistribution,
     VampPrior,
     as_posterior,
     as_prior,
-    closed_kl,
-    draw_chunk,
-    draw_prior,
-    frozen,
     rsample_log_prob,
 )
+from fastvae.distributions.closed_form import closed_kl
+from fastvae.distributions.draws import draw_chunk, draw_prior
+from fastvae.distributions.stratified import StratifiedMixture
+from fastvae.distributions.tensors import frozen
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE

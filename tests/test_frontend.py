@@ -11,7 +11,8 @@ from torch import nn
 
 import fastvae
 from fastvae import ops
-from fastvae.distributions import DiagonalNormal, StandardNormal, draw_kl, draw_ratio
+from fastvae.distributions import DiagonalNormal, StandardNormal
+from fastvae.distributions.draws import draw_kl, draw_ratio
 from fastvae.likelihoods import Gaussian
 
 from . import models

@@ -153,6 +153,44 @@ def test_hooks_on_a_hidden_layer_run(always):
     assert len(seen) == 2
 
 
+class Meddling(nn.Module):
+    """Module that changes another one when it is called."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, z):
+        self.change()
+        return z
+
+
+def _hook(layer):
+    if not layer._forward_hooks:
+        layer.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def _new_weight(layer):
+    layer.weight = nn.Parameter(torch.full_like(layer.weight, 0.1))
+
+
+def _scaled(layer):
+    layer.weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [_hook, _new_weight, _scaled])
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_changes_by_modules_before_are_seen(always, change, place):
+    """The hidden and the last layer are those that are there when it is their turn."""
+    results = []
+    for fuse in (True, False):
+        torch.manual_seed(4)
+        layers = network([nn.Tanh()], [nn.ReLU()])
+        decoder = nn.Sequential(Meddling(lambda d=layers: change(d[place])), *layers)
+        results.append(bounds(decoder, fuse, backward=False))
+    assert_close(*results)
+
+
 @pytest.mark.parametrize(
     ("dtype", "context"),
     [

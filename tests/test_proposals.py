@@ -24,12 +24,12 @@ from fastvae.distributions import (
     Level,
     LowRankNormal,
     Mixture,
-    MultivariateStudentT,
     NormalMixture,
     StandardNormal,
-    StratifiedMixture,
     as_posterior,
 )
+from fastvae.distributions.multivariate_t import MultivariateStudentT
+from fastvae.distributions.stratified import StratifiedMixture
 from fastvae.estimation import proposals
 from fastvae.estimation.adaptive import AdaptedDraws, shrunk, tempered
 from fastvae.estimation.proposals import Adapted, Defensive, Posterior

@@ -201,7 +201,7 @@ def test_estimates_of_p_are_unbiased(d, k):
 
 @pytest.mark.parametrize("d, least", [(2, 30.0), (8, 1.3)])
 def test_qmc_has_less_variance(d, least):
-    """The mean squared error over 200 rows is smaller, for a fixed seed; docs/NOTES.md has the ratios."""
+    """The mean squared error over 200 rows is smaller, for a fixed seed; docs/log.md has the ratios."""
     plain = float(estimates(d, 200, 4096, "philox")[1].square().mean())
     even = float(estimates(d, 200, 4096, "qmc")[1].square().mean())
     assert plain > least * even, f"{plain / even:.1f}"
@@ -315,7 +315,7 @@ def test_families(name):
     """Draws follow any family's q, E_q[p/q] = 1, and are the same in chunks."""
     q = fastvae.distributions.as_posterior(families()[name])
     seed = seeds(8)
-    from fastvae.distributions import STANDARD, draw_chunk
+    from fastvae.distributions.draws import STANDARD, draw_chunk
 
     with torch.no_grad():
         z, ratio, _ = draw_chunk(q, STANDARD, 4096, seed, 0, 0)

@@ -11,8 +11,8 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.distributions import DiagonalNormal, Distribution, TorchDistribution, as_posterior, flat_prior
-from fastvae.distributions.spatial import ELEMENTWISE
+from fastvae.distributions import DiagonalNormal, Distribution, TorchDistribution, as_posterior
+from fastvae.distributions.spatial import ELEMENTWISE, flat_prior
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE

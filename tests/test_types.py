@@ -254,3 +254,24 @@ def test_literals_match_the_accepted_options():
     kinds = [v for v in vars(bounds).values() if isinstance(v, type) and issubclass(v, bounds.Bound)]
     assert {e for kind in kinds for e in kind.estimators} == set(get_args(options.BoundEstimator))
     assert all(callable(getattr(fastvae.VAE, name)) for name in options.OBJECTIVES)
+
+
+def _public_functions():
+    """Yield (name, function) of every public function, and of the methods of every public class."""
+    modules = [fastvae, *(m for m in vars(fastvae).values() if inspect.ismodule(m) and hasattr(m, "__all__"))]
+    for module in modules:
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value):
+                methods = inspect.getmembers(value, inspect.isfunction)
+                yield from ((f"{name}.{n}", f) for n, f in methods if f.__module__.startswith("fastvae"))
+            elif inspect.isfunction(value):
+                yield f"{module.__name__}.{name}", value
+
+
+def test_types_resolve_at_run_time():
+    """As libraries of commands, settings and documentation read them."""
+    functions = dict(_public_functions())
+    assert {"fastvae.elbo", "VAE.elbo", "VAE.evaluate", "Evaluation.plot"} <= set(functions)
+    for name, function in functions.items():
+        assert isinstance(get_type_hints(function), dict), name

@@ -444,3 +444,28 @@ def test_a_decoder_that_mixes_rows_is_refused_at_any_size(fuse, options):
         vae.bound(x, objective, k=k, q_objective=options.get("encoder"))
     decoder.eval()
     assert bool(vae.bound(x, objective, k=k, q_objective=options.get("encoder")).isfinite())
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_single_parameter_may_come_in_a_tuple(kind):
+    """Every method reads it alike."""
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 7)
+
+        def forward(self, z):
+            return kind([self.layer(z)])
+
+    wrapped = fastvae.VAE(nn.Linear(7, 4), Decoder(), likelihood="poisson", latent_dim=2)
+    plain = fastvae.VAE(wrapped.encoder, wrapped.decoder.layer, likelihood="poisson", latent_dim=2)
+    x = torch.arange(35.0).reshape(5, 7)
+    for name in ("elbo", "iwae", "log_marginal", "evaluate", "reconstruct", "sample"):
+        args = (3,) if name == "sample" else (x,)
+        found = []
+        for vae in (wrapped, plain):
+            torch.manual_seed(1)
+            result = getattr(vae, name)(*args)
+            found.append(getattr(result, "log_px", result))
+        assert torch.allclose(*found), name

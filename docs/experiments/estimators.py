@@ -418,7 +418,7 @@ The demo's two models of scikit-learn's digits; {images} test images, K = {k}, {
 {few} examples, one seed. `ais` with its defaults takes 8000 decoder evaluations, each with its gradient; it
 serves to audit the others. SUMO (Luo et al. 2020) and sums over doubling levels (Shi & Cornish 2021)
 estimate log p(x) without bias, here at the mean cost of {k} draws: their errors are larger than the bias they
-remove, so fastvae has neither (docs/NOTES.md gives the reason).
+remove, so fastvae has neither (docs/log.md gives the reason).
 
 {slow}
 

@@ -27,7 +27,7 @@ from fastvae.distributions import (
     VampPrior,
 )
 
-from ..distributions import closed_kl
+from ..distributions.closed_form import closed_kl
 
 DIAGONAL, STANDARD, LADDER = "diagonal", "standard", "ladder"
 PARTS, RANK, CONTEXT = 2, 2, 16  # posteriors: components, rank, width of a flow's context

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.checks import check_count
-from ..distributions import Distribution, as_prior, is_conditional, known_mean
+from ..distributions import Distribution, as_prior
 from ..distributions.draws import rsample_as_stored
 from ..distributions.mixture import log_aggregate
+from ..distributions.read import is_conditional
+from ..distributions.words import known_mean
 from ..estimation.evaluation.data import batches_of, data_of, place_of, unpacked
 from ..inputs.modules import evaluating
 from ..random import draw_seed
-
-if TYPE_CHECKING:
-    from ..vae import VAE
+from ..vae import VAE
 
 __all__ = ["Latents", "latents"]
 

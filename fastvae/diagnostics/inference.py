@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,7 @@ from torch import Tensor
 from ..core.checks import check_count
 from ..estimation.proposals import Refined
 from ..objectives.elbo import elbo
-
-if TYPE_CHECKING:
-    from ..vae import VAE
+from ..vae import VAE
 
 __all__ = ["InferenceGaps", "inference_gaps"]
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributions as td
+from typing_extensions import Self
 
 from ..core.checks import check_count
 from ..random import draw_seed
 from .tensors import Holder, mapped, tensors_of
 from .words import Moment, no_closed_form
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Where fastvae's own families are.
 _OWN = "fastvae.distributions."

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributions import MultivariateStudentT, StratifiedMixture, draw_z, expanded_at_address
+from ..distributions.draws import draw_z
+from ..distributions.multivariate_t import MultivariateStudentT
+from ..distributions.stratified import StratifiedMixture, expanded_at_address
 from ..inputs.batch import Inputs
 from . import stream as _stream
 from .draws import Draws, example_of, with_latent_of

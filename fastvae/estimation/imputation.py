@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.checks import as_int64
 from ..core.nested import each, repeat
-from ..distributions import draw_z, log_stratum_weights
+from ..distributions.draws import draw_z, log_stratum_weights
 from ..inputs.batch import Inputs
 from ..likelihoods.base import Likelihood, observed
 from ..likelihoods.joint import Joint

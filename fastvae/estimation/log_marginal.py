@@ -71,7 +71,7 @@ def log_marginal(
             quasi-Monte-Carlo point sets of k/8 draws each (:mod:`fastvae.random`). Their spread gives the
             standard error, and ``jackknife`` leaves out a point set at a time. The variance is smaller by 20
             to 300 times for two latents and light weights, by 2 to 3 for eight, and by 1.5 for fifty, from
-            k=4096 on; below 1024 draws it may be larger (docs/NOTES.md). Any k works; 4096, 8192 and other
+            k=4096 on; below 1024 draws it may be larger (docs/log.md). Any k works; 4096, 8192 and other
             powers of 2 use the points best. ESS and k̂ still say how well q fits. Where k̂ is above 0 the
             standard error is too small: the points remove the variance of most draws, but not that of the
             rare large weights, which eight point sets seldom contain. The interval from low to high is then

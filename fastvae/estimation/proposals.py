@@ -20,7 +20,9 @@ from torch.distributions import constraints
 
 from ..core.checks import check_count, check_number
 from ..core.hints import did_you_mean
-from ..distributions import Distribution, StratifiedMixture, TorchDistribution, describe, expanded_at_address
+from ..distributions import Distribution, TorchDistribution
+from ..distributions.draws import describe
+from ..distributions.stratified import StratifiedMixture, expanded_at_address
 from ..inputs.batch import Inputs
 from .adaptive import AdaptedDraws, Fit
 from .draws import Alone, Draws, Sharing, example_of, with_latent_of
@@ -28,7 +30,7 @@ from .pareto import tail_length
 from .refined import NoDerivative, Settings, begin
 from .stream import Chunks
 
-__all__ = ["Adapted", "Defensive", "Posterior", "Proposal", "Refined", "as_proposal"]
+__all__ = ["Adapted", "Defensive", "Posterior", "Proposal", "Refined"]
 
 # Draws from q before the first fit.
 _FIRST = 64
@@ -164,7 +166,7 @@ class Adapted(Proposal):
     **Each draw is weighted by the mixture density of its round**, which depends only on earlier rounds, so
     :math:`\hat p(x)` is unbiased for any k, however good or bad the fits are (its log is low by half its
     relative variance, as always). Weighting early draws by densities that were fitted to them, as AMIS does,
-    is consistent but biased: by 0.1 nats and more at k = 500 and D = 8 (docs/NOTES.md). Later rounds have
+    is consistent but biased: by 0.1 nats and more at k = 500 and D = 8 (docs/log.md). Later rounds have
     larger coefficients because their fits are better; ``stderr`` and ``ess`` account for this.
 
     If the first weights are degenerate the fit tempers them, :math:`w^a` with the largest a ≤ 1 that leaves
@@ -180,7 +182,7 @@ class Adapted(Proposal):
     Args:
         posterior: :math:`s_q`, q's share of the draws. Default: max(0.1, D/(D + 50)) of the share not drawn
             from the prior: in many dimensions a good fit needs more draws than are available, and a good q
-            must not be lost (docs/NOTES.md).
+            must not be lost (docs/log.md).
         prior: :math:`s_p`, the prior's share, which finds modes that q misses, in few dimensions.
             Default 0.05.
         df: ν, an int. Default: max(8, D). In many dimensions heavier tails would cost more than they

@@ -37,18 +37,11 @@ from .. import random
 from ..core.checks import later_row
 from ..core.nested import Conditioning, all_tensors, event_size
 from ..core.torch_private import has_hooks
-from ..distributions import (
-    Distribution,
-    FullNormal,
-    MultivariateStudentT,
-    StandardNormal,
-    StratifiedMixture,
-    draw_z,
-    expanded_at_address,
-    rsample_log_prob,
-)
+from ..distributions import Distribution, FullNormal, StandardNormal, rsample_log_prob
 from ..distributions.base import is_family
-from ..distributions.stratified import derived_seed
+from ..distributions.draws import draw_z
+from ..distributions.multivariate_t import MultivariateStudentT
+from ..distributions.stratified import StratifiedMixture, derived_seed, expanded_at_address
 from ..distributions.words import known_mean
 from ..inputs.batch import Inputs
 from ..inputs.modules import modules_of

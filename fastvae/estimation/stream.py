@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..core.checks import SHARED, check_count, later_row
 from ..core.nested import event_size
-from ..distributions import Distribution, draw_chunk, log_stratum_weights, rsample_log_prob
+from ..distributions import Distribution, rsample_log_prob
+from ..distributions.draws import draw_chunk, log_stratum_weights
 from ..inputs.batch import Inputs
 from ..likelihoods.declared import Declared
 from ..random import randomisations_of
@@ -31,7 +32,7 @@ class Chunks:
         name: name of the user's argument, for messages. Default ``"k_chunk"``.
     """
 
-    # Largest chunk of the decoder's output, in numbers and in rows; the CPU's are measured: docs/NOTES.md.
+    # Largest chunk of the decoder's output, in numbers and in rows; the CPU's are measured: docs/log.md.
     _CPU, _GPU = (2**22, 2**13), (2**26, 2**18)
 
     def __init__(self, k_chunk: int | None, name: str = "k_chunk"):

@@ -8,16 +8,13 @@ machines are merged by adding sums, never means.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import Self
 
 from .pareto import finite_shift, largest_of, tail_length
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Number of power sums of the weights below the tail, and minimum length of the tail.
 POWERS, _LEAST_TAIL = 6, 64

@@ -24,15 +24,10 @@ from ..core.nested import (
     tensors,
 )
 from ..core.sparse import at_rows
-from ..distributions import (
-    STANDARD,
-    Distribution,
-    as_posterior,
-    as_prior,
-    check_support,
-    diagonal,
-    flat_prior,
-)
+from ..distributions import Distribution, as_posterior, as_prior
+from ..distributions.draws import STANDARD, check_support
+from ..distributions.normal import diagonal
+from ..distributions.spatial import flat_prior
 from ..likelihoods.base import Likelihood
 from ..likelihoods.declared import SHARED, Declared
 from ..likelihoods.read import as_likelihood

@@ -37,13 +37,26 @@ def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
     """
     if len(args) != 1 or not _is_forward_alone(decoder):
         return decoder(*args)
-    *modules, layer = _opened(decoder) or [nn.Identity()]
-    if type(layer) is not nn.Linear or not _is_forward_alone(layer):
+    modules = _opened(decoder)
+    if not modules or type(modules[-1]) is not nn.Linear:
         return decoder(*args)
-    value, hidden = _run_to_hidden_layers(modules, args[0], (layer.weight,), (layer.bias,))
-    if not hidden and not _are_products_alone(value, (), (layer.weight,), (layer.bias,)):
-        return layer(value)
-    return deferred_layer(value, (layer.weight,), (layer.bias,), tuple(layer.weight.shape[:1]), hidden)
+    value, rest = _run_to_hidden_layers(lambda: _opened(decoder)[:-1], args[0])
+    # The modules before it may have changed it.
+    layer: Any = _opened(decoder)[-1]
+    if type(layer) is nn.Linear and _is_forward_alone(layer):
+        weights, biases = (layer.weight,), (layer.bias,)
+        hidden = _deferrable(value, rest, weights, biases)
+        if not hidden:
+            value, rest = _run(rest, value), ()
+        if hidden or _are_products_alone(value, (), weights, biases):
+            return deferred_layer(value, weights, biases, tuple(layer.weight.shape[:1]), hidden)
+    return layer(_run(rest, value))
+
+
+def _run(modules: Sequence[nn.Module], value: Any) -> Any:
+    for module in modules:
+        value = module(value)
+    return value
 
 
 def _opened(module: nn.Module) -> list[nn.Module]:
@@ -54,29 +67,38 @@ def _opened(module: nn.Module) -> list[nn.Module]:
 
 
 def _run_to_hidden_layers(
-    modules: Sequence[nn.Module],
-    value: Any,
-    weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-) -> tuple[Any, tuple[HiddenLayer, ...]]:
-    """Call modules up to hidden layers that can be deferred, before linear layers with these weights.
+    modules: Callable[[], Sequence[nn.Module]], value: Any
+) -> tuple[Any, Sequence[nn.Module]]:
+    """Call modules one after the other, up to hidden layers that may be deferred.
 
     Returns:
-        The value so far, and the hidden layers; the whole value and none if they cannot be deferred.
+        The value so far, and the modules of the hidden layers, which are not called.
     """
-    first = len(modules)
-    hidden: tuple[HiddenLayer, ...] = ()
-    if not torch.compiler.is_compiling() and type(value) is Tensor and hidden_may_pay(value):
-        first, hidden = _hidden_layers(modules)
-    for module in modules[:first]:
-        value = module(value)
-    if hidden and type(value) is Tensor and value.dim() == 2:
-        widths = [layer.weight.shape[0] for layer in hidden]
-        if hidden_pay(value, widths) and _are_products_alone(value, hidden, weights, biases):
-            return value, hidden
-    for module in modules[first:]:
-        value = module(value)
-    return value, ()
+    done = 0
+    while True:
+        # Read anew after each call, which may have changed the modules to come.
+        rest = modules()[done:]
+        first = len(rest)
+        if not torch.compiler.is_compiling() and type(value) is Tensor and hidden_may_pay(value):
+            first, _ = _hidden_layers(rest)
+        if first == 0:
+            return value, rest
+        value = _run(rest[:first], value)
+        done += first
+
+
+def _deferrable(
+    value: Any,
+    modules: Sequence[nn.Module],
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+) -> tuple[HiddenLayer, ...]:
+    """Return the hidden layers of these modules, before layers of these weights; () if they must run."""
+    _, hidden = _hidden_layers(modules)
+    widths = [layer.weight.shape[0] for layer in hidden]
+    if not hidden or not hidden_pay(value, widths):
+        return ()
+    return hidden if _are_products_alone(value, hidden, weights, biases) else ()
 
 
 def _hidden_layers(modules: Sequence[nn.Module]) -> tuple[int, tuple[HiddenLayer, ...]]:
@@ -275,10 +297,12 @@ class FusedHead(nn.Module):
     def forward(self, *args: Any) -> LastLayer:
         """Return the layers and their input, the body's output for z."""
         layers: list[Any] = list(self.layers)
-        weights, biases = tuple([layer.weight for layer in layers]), tuple([layer.bias for layer in layers])
         hidden: tuple[HiddenLayer, ...] = ()
         if len(args) == 1 and _is_forward_alone(self.body):
-            h, hidden = _run_to_hidden_layers(_opened(self.body), args[0], weights, biases)
+            h, rest = _run_to_hidden_layers(lambda: _opened(self.body), args[0])
+            weights, biases = zip(*[(layer.weight, layer.bias) for layer in layers], strict=True)
+            hidden = _deferrable(h, rest, weights, biases)
+            h = h if hidden else _run(rest, h)
         else:
             h = self.body(*args)
         for i, layer in enumerate(layers):
@@ -294,10 +318,8 @@ class FusedHead(nn.Module):
         for t in (t for layer in layers for t in (layer.weight, layer.bias) if t is not None):
             if t.dtype != h.dtype:
                 raise TypeError(f"h has dtype {h.dtype} and a last layer {t.dtype}; cast one of them")
-        weights, biases = (
-            tuple([keep(w) for w in weights]),
-            tuple([None if b is None else keep(b) for b in biases]),
-        )
+        weights = tuple([keep(layer.weight) for layer in layers])
+        biases = tuple([None if layer.bias is None else keep(layer.bias) for layer in layers])
         hidden = tuple([HiddenLayer(keep(w), None if b is None else keep(b), a) for w, b, a in hidden])
         return deferred_layer(keep(h), weights, biases, self.event, hidden)
 

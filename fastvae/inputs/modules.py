@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from ..core.digest import digest
 from ..core.nested import all_tensors
-from ..distributions import Distribution, tensors_of
+from ..distributions import Distribution
+from ..distributions.tensors import tensors_of
 from ..likelihoods.base import Likelihood
 from .last_layer import called_by
 

@@ -44,14 +44,17 @@ KNOWN: dict[str, None] = dict.fromkeys(
 def by_name(likelihood: Likelihood, output: Any) -> Any:
     """Return a decoder's output as the tensor or the tuple of tensors that the likelihood reads.
 
-    Tensors, last layers, lists and tuples pass as they are, and so does anything in which no parameter is
-    named: the likelihood refuses it where it validates its parameters.
+    Tensors, last layers, lists and tuples pass as they are, except for a single parameter in a tuple of one,
+    and so does anything in which no parameter is named: the likelihood refuses it where it validates its
+    parameters.
 
     Raises:
         TypeError: if parameters are named, but not those that the likelihood reads.
     """
-    if isinstance(output, Tensor) or type(output) is LastLayer or type(output) in (tuple, list):
+    if isinstance(output, Tensor) or type(output) is LastLayer:
         return output
+    if type(output) in (tuple, list):
+        return output[0] if len(output) == 1 and len(likelihood.expected_names) == 1 else output
     if not likelihood.expected_names:
         return output
     if isinstance(output, td.Distribution):

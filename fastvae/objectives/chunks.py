@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from ..core import backend as _backend
 from ..core.nested import Conditioning, tensors
 from ..core.torch_private import functorch_is_active
-from ..distributions import draw_chunk
+from ..distributions.draws import draw_chunk
 from ..inputs.batch import Inputs
 from .recompute import repeatable
 

@@ -14,8 +14,8 @@ from ..core.hints import teaches
 from ..core.nested import Conditioning
 from ..core.options import FREE_BITS_PER, KL, KLS, REDUCTIONS, FreeBitsPer, Reduction
 from ..core.torch_private import functorch_is_active
-from ..distributions import Distribution, draw_kl, draw_ratio, draw_strata
-from ..distributions.draws import describe, say_monte_carlo
+from ..distributions import Distribution
+from ..distributions.draws import describe, draw_kl, draw_ratio, draw_strata, say_monte_carlo
 from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
 from ..ops.reduce import BoundReduction

@@ -12,8 +12,7 @@ from ..core.checks import check_choice, check_count, first_row
 from ..core.hints import teaches
 from ..core.nested import Conditioning
 from ..core.options import ESTIMATORS, REDUCTIONS, Estimator, Noise, Reduction
-from ..distributions import draw_chunk, draw_ratio
-from ..distributions.draws import describe
+from ..distributions.draws import describe, draw_chunk, draw_ratio
 from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
 from ..ops.reduce import BoundReduction

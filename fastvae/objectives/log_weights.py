@@ -14,7 +14,7 @@ from ..core.hints import teaches
 from ..core.nested import Conditioning
 from ..core.options import ESTIMATORS, Estimator, Noise
 from ..core.records import registered
-from ..distributions import draw_ratio
+from ..distributions.draws import draw_ratio
 from ..inputs.batch import Inputs
 from ..likelihoods import Likelihood
 from ..random import draw_seed, seed_of

@@ -15,8 +15,10 @@ from torch import Tensor
 from ..core.fast_path import in_eager_mode, is_native, is_usual
 from ..core.hints import noted
 from ..core.nested import note_of_call
-from ..distributions import STANDARD, DiagonalNormal, Distribution, StandardNormal, diagonal
+from ..distributions import DiagonalNormal, Distribution, StandardNormal
 from ..distributions.base import is_family
+from ..distributions.draws import STANDARD
+from ..distributions.normal import diagonal
 from ..inputs.batch import Inputs
 from ..inputs.misread import is_new, look
 from ..likelihoods.declared import DECLARED, SHARED, Declared, of_the_event

@@ -13,8 +13,9 @@ from ..core.checks import check_choice, check_count
 from ..core.hints import teaches
 from ..core.nested import called, check_batch, decoded
 from ..core.options import REDUCTIONS, Reduction
-from ..distributions import as_posterior, as_prior, flat_prior
+from ..distributions import as_posterior, as_prior
 from ..distributions.draws import describe, draw_prior
+from ..distributions.spatial import flat_prior
 from ..distributions.words import known_mean
 from ..estimation.evaluation.data import place_of
 from ..inputs.modules import check_modules

@@ -56,7 +56,7 @@ FEWEST_ROWS = 8
 
 # Below these sizes dividing the work costs more than storing the output, and each weight's gradient, which is
 # accumulated block by block, pays only with enough rows. With torch's BLAS instead of the C++ tiles the gain
-# is smaller (measured: docs/NOTES.md).
+# is smaller (measured: docs/log.md).
 FEWEST_NUMBERS, ROWS_PER_INPUT = 2**18, 2
 FEWEST_BY_BLAS, NUMBERS_PER_INPUT = 2**20, 2**13
 # Hidden layers in blocks; weights of wider ones do not fit a core's own cache.

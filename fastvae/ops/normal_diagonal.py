@@ -11,7 +11,7 @@ N(0, I)), noise :math:`ε_{kbd}` a function of its address (:mod:`fastvae.random
 
 :math:`e^u - 1 - u` is computed without cancellation near u = 0. On a GPU ε is regenerated in the backward
 pass, never stored. On a CPU, where drawing a normal costs several times as much as moving a float
-(docs/NOTES.md), the forward pass of training keeps :math:`\partial z / \partial \mathrm{logvar} = ½σε`, the
+(docs/log.md), the forward pass of training keeps :math:`\partial z / \partial \mathrm{logvar} = ½σε`, the
 ``slope``.
 
 Gradients. With the upstream gradients :math:`g^z` of z and :math:`g^r_k` of the log-ratio:

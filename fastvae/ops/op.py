@@ -40,7 +40,7 @@ class Op:
     """Op registered with torch on construction, and called like a function.
 
     In plain eager mode a call goes to the C++ or to Triton without the dispatcher, which would cost several
-    times as much as a small kernel (docs/NOTES.md). Everything else (a compiler, a transform, a tensor
+    times as much as a small kernel (docs/log.md). Everything else (a compiler, a transform, a tensor
     subclass, a mode, another device or the reference) uses the registered op.
 
     Tensors are the leading arguments. The ``record``, if any, follows: a NamedTuple, which the dispatcher

@@ -14,8 +14,8 @@ from ...core.hints import teaches
 from ...core.nested import Conditioning, called, check_batch, decoded
 from ...core.options import STARTS, Start
 from ...core.records import registered
-from ...distributions import as_posterior, as_prior, draw_prior
-from ...distributions.draws import rsample_log_prob
+from ...distributions import as_posterior, as_prior
+from ...distributions.draws import draw_prior, rsample_log_prob
 from ...distributions.spatial import flat_prior
 from ...inputs.batch import Inputs
 from ...inputs.modules import check_modules, check_repeatable, evaluating, modules_of
@@ -133,7 +133,7 @@ def ais(
         steps: T. The decoder is evaluated and differentiated 1.25·K·((T − 1)·leapfrog + 1) times per
             example. Default 200.
         leapfrog: leapfrog steps per transition. At the same cost, more temperatures with 1 or 2 leapfrog
-            steps were better on every model tried, including correlated latents (docs/NOTES.md). Default 2.
+            steps were better on every model tried, including correlated latents (docs/log.md). Default 2.
         start: q0: ``"posterior"`` (default), q, the better start even where q is inaccurate; or ``"prior"``,
             which ignores q (except for the number of latents).
         k_chunk: draws per decoder call, which bounds memory and changes results only by rounding. Default:
@@ -236,7 +236,7 @@ def bdmc(
         steps: T, the number of temperatures. The decoder is evaluated and differentiated about
             2.25·K·T·leapfrog times per x. Default 200.
         leapfrog: leapfrog steps per transition. At the same cost, more temperatures with 1 or 2 leapfrog
-            steps were better on every model tried, including correlated latents (docs/NOTES.md). Default 2.
+            steps were better on every model tried, including correlated latents (docs/log.md). Default 2.
         start: q0: ``"posterior"`` (default), q, the better start even where q is inaccurate; or ``"prior"``,
             which ignores q (except for the number of latents).
         k_chunk: draws per decoder call, which bounds memory and changes results only by rounding. Default:

@@ -22,8 +22,8 @@ from torch import distributions as td
 from ... import random
 from ...core.nested import decoded
 from ...core.options import Start
-from ...distributions import DiagonalNormal, Distribution, log_stratum_weights
-from ...distributions.draws import draw_prior, rsample_log_prob
+from ...distributions import DiagonalNormal, Distribution
+from ...distributions.draws import draw_prior, log_stratum_weights, rsample_log_prob
 from ...distributions.tensors import frozen
 from ...inputs.batch import Inputs
 from ...likelihoods.base import Likelihood
@@ -44,7 +44,7 @@ _FOR_SCALE = 64  # draws of q0 to estimate its scale, if it is not a parameter
 
 def temperatures(steps: int) -> list[float]:
     """Return temperatures 0 = β_0 < … < β_T = 1 on a sigmoid, denser at both ends."""
-    # Steeper sigmoids, 4 and 6 in place of 2, have a larger error on trained models (docs/NOTES.md).
+    # Steeper sigmoids, 4 and 6 in place of 2, have a larger error on trained models (docs/log.md).
     ends = [1 / (1 + math.exp(-2 * (2 * t / steps - 1))) for t in range(steps + 1)]
     inner = [(s - ends[0]) / (ends[-1] - ends[0]) for s in ends[1:-1]]
     return [0.0, *inner, 1.0]

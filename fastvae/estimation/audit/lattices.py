@@ -18,9 +18,10 @@ from ...core.checks import check_count, check_number, shape_of
 from ...core.hints import teaches
 from ...core.nested import event_size
 from ...core.records import registered
-from ...distributions import Distribution, as_prior, is_conditional
+from ...distributions import Distribution, as_prior
 from ...distributions.base import is_family
 from ...distributions.normal import DiagonalNormal, StandardNormal
+from ...distributions.read import is_conditional
 from ...inputs.modules import check_modules, check_repeatable, evaluating, modules_of
 from ...likelihoods.base import Likelihood
 from ...likelihoods.read import as_likelihood

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...distributions import Distribution, closed_kl
+from ...distributions import Distribution
+from ...distributions.closed_form import closed_kl
 from ...distributions.words import known_mean
 from .parts import Part
 

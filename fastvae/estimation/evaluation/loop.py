@@ -76,7 +76,7 @@ def evaluate(
         k: draws per example, default 5000. With ``tol`` the maximum, default 100 000.
         tol: draw 100, 200, 400, … until an example's standard error is at most tol nats, so that easy
             examples cost little. An example may stop before its largest weights are drawn, which biases log
-            p(x) down: by up to half of tol for heavy-tailed weights, hardly for others (docs/NOTES.md).
+            p(x) down: by up to half of tol for heavy-tailed weights, hardly for others (docs/log.md).
             Finished examples are no longer decoded, so a row of the decoder's output must not depend on
             other rows; this is validated on the first batch. Default: None, k draws for each example.
         k_chunk: draws per chunk, which bounds memory and changes results only by rounding: the noise of draw
@@ -86,7 +86,7 @@ def evaluate(
             quasi-Monte-Carlo point sets of k/8 draws each (:mod:`fastvae.random`). Their spread gives the
             standard error, and ``jackknife`` leaves out a point set at a time. The variance is smaller by 20
             to 300 times for two latents and light weights, by 2 to 3 for eight, and by 1.5 for fifty, from
-            k=4096 on; below 1024 draws it may be larger (docs/NOTES.md). Any k works; 4096, 8192 and other
+            k=4096 on; below 1024 draws it may be larger (docs/log.md). Any k works; 4096, 8192 and other
             powers of 2 use the points best. ESS and k̂ still say how well q fits. Where k̂ is above 0 the
             standard error is too small: the points remove the variance of most draws, but not that of the
             rare large weights, which eight point sets seldom contain. The interval from low to high is then

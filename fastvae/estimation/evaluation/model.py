@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from ...core.checks import shape_of
 from ...core.nested import Conditioning, called, each, tensors
-from ...distributions import STANDARD, Distribution, as_posterior, as_prior, is_conditional
+from ...distributions import Distribution, as_posterior, as_prior
+from ...distributions.draws import STANDARD
+from ...distributions.read import is_conditional
 from ...inputs.batch import Inputs
 from ...inputs.modules import modules_of, parameters_digest
 from ...likelihoods.base import Likelihood
 from ...likelihoods.read import as_likelihood
 from .data import place_of
 
-# Default batch sizes. A GPU waits for the host if batches are small: docs/NOTES.md.
+# Default batch sizes. A GPU waits for the host if batches are small: docs/log.md.
 BATCH, BATCH_ON_GPU = 100, 500
 
 

@@ -26,6 +26,8 @@ from .report import report, report_html
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+else:  # optional, and resolved by typing.get_type_hints
+    DataFrame = Figure = Any
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
