@@ -62,7 +62,7 @@ def write(line: dict[str, str], file: Path = RESULTS) -> None:
     with file.open("w", newline="") as to:
         table = csv.DictWriter(to, COLUMNS, lineterminator="\n")
         table.writeheader()
-        table.writerows(sorted([*lines, line], key=lambda entry: entry["run"]))
+        table.writerows(sorted([*lines, line], key=lambda entry: (entry["run"], int(entry["epochs"]))))
 
 
 def read(file: Path = RESULTS) -> list[dict[str, str]]:
