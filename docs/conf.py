@@ -52,6 +52,7 @@ nitpicky = True
 # Types in annotations: torch's and Python's have no inventory offline, and private names have no page.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|np|typing|collections|os|pathlib|matplotlib|pandas|nn|td)(\..*)?"),
+    (r"py:class", r"typing_extensions\.\w+"),
     (r"py:.*", r"(Tensor|Any|Callable|Iterable|Iterator|Sequence|Mapping|Self|Path|Literal|Generator|T|P|R)"),
     (r"py:.*", r"(int|float|bool|str|None|object|tuple|list|dict|optional|callable|type|set|bytes)"),
     (r"py:.*", r"fastvae\.(core|inputs|estimation|objectives|vae|integrations|reference|kernels|cli)(\..*)?"),
