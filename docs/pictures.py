@@ -3,7 +3,8 @@
 Each picture has a light and a dark variant, ``head.png`` and ``head-dark.png``. With ``--measure`` the data
 are measured first, which takes minutes: ``front.csv`` and ``head.csv`` by ``python -m benchmarks picture``
 and ``head_memory``; ``demo.csv`` and ``demo.pt`` by training the demo's models, and ``evaluation.npz`` by
-evaluating one. Proposals on MNIST: ``python -m docs.experiments.proposals --table docs/proposals.csv``.
+evaluating one. Proposals on MNIST: ``python -m docs.experiments.proposals --table docs/proposals.csv``;
+published numbers: ``python -m docs.experiments.mnist``.
 """
 
 from __future__ import annotations
@@ -170,6 +171,43 @@ def proposals() -> Figure:
     return figure
 
 
+def published() -> Figure:
+    """Draw the signal-to-noise ratio of the encoder's gradient over K, and two trainings against time."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = {"iwae": ("IWAE", ORANGE), "stl": ("sticking the landing", GREY), "dreg": ("DReG", blue())}
+    rows, ends, colors = read("published-noise"), {}, {}
+    for estimator, (name, color) in names.items():
+        mine = [row for row in rows if row["estimator"] == estimator]
+        draws, ratios = ([float(row[n]) for row in mine] for n in ("K", "signal-to-noise"))
+        left.plot(draws, ratios, "o-", color=color, lw=2, ms=5)
+        ends[name], colors[name] = ratios[-1], color
+        if estimator != "stl":
+            power, text = (-0.5, "1/√K") if estimator == "iwae" else (0.5, "√K")
+            line = [ratios[2] * (k / draws[2]) ** power for k in draws[2:]]
+            left.plot(draws[2:], line, ":", color=matplotlib.rcParams["text.color"], lw=1)
+            left.annotate(
+                text, (draws[-1], line[-1]), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    left.set(xscale="log", yscale="log", xlabel="K", xlim=(0.8, 3e4))
+    left.set_title("Signal-to-noise ratio of the encoder's gradient", fontsize=10)
+    _label_ends(left, draws[-1] * 3, ends, colors)
+    named = {"eager": ("eager PyTorch", GREY), "torch.compile": ("torch.compile", ORANGE)}
+    named["fastvae"] = ("fastvae", blue())
+    rows = [row for row in read("published-training") if row["K"] == "50"]
+    for i, (by, (name, color)) in enumerate(named.items()):
+        mine = [row for row in rows if row["by"] == by]
+        seconds, bounds = ([float(row[n]) for row in mine] for n in ("CPU seconds", "bound"))
+        right.plot(seconds, bounds, "o-", color=color, lw=2, ms=4)
+        at = 0.98, 0.08 + 0.08 * i
+        right.annotate(f"{name}, {seconds[-1]:.0f} s", at, xycoords="axes fraction", ha="right",
+                       color=color, fontweight="bold")  # fmt: skip
+    right.set(xlabel="CPU seconds", ylabel="IWAE-50 bound of the epoch, nats")
+    right.set_title(f"The same {len(mine)} epochs, with the same noise", fontsize=10)
+    _finish(figure)
+    return figure
+
+
 def _finish(figure: Figure, note: str = "") -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -241,7 +279,7 @@ def save(name: str, folder: Path) -> list[Path]:
     return paths
 
 
-DRAWN = {"front": front, "head": head, "proposals": proposals, "demo": demo}
+DRAWN = {"front": front, "head": head, "proposals": proposals, "demo": demo, "published": published}
 NAMES = (*DRAWN, "evaluation")
 
 
@@ -250,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"some of: {', '.join(NAMES)} (default: all)"
     )
-    parser.add_argument("--measure", action="store_true", help="measure first, but for proposals")
+    parser.add_argument("--measure", action="store_true", help="measure what takes minutes, first")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the pictures (default: docs)")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(NAMES):

@@ -103,7 +103,7 @@ def test_the_report_of_an_evaluation():
     assert " ".join(report.split()) in words("docs/guide/evaluation.md")
 
 
-@pytest.mark.parametrize("name", ["front", "head", "proposals", "demo", "evaluation"])
+@pytest.mark.parametrize("name", ["front", "head", "proposals", "demo", "evaluation", "published"])
 def test_pictures_are_drawn_from_their_data(name, tmp_path):
     """In a light and a dark variant, of equal size, as docs/ has them."""
     pytest.importorskip("matplotlib")
