@@ -93,7 +93,7 @@ def _deferrable(
     weights: tuple[Tensor, ...],
     biases: tuple[Tensor | None, ...],
 ) -> tuple[HiddenLayer, ...]:
-    """Return the hidden layers of these modules, before layers of these weights; () if they must run."""
+    """Return the hidden layers of these modules, before layers with these weights; () if they must run."""
     _, hidden = _hidden_layers(modules)
     widths = [layer.weight.shape[0] for layer in hidden]
     if not hidden or not hidden_pay(value, widths):
