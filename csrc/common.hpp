@@ -197,7 +197,7 @@ struct Tile {
 };
 
 // Returns the tile of a strided matrix that begins at p in the compute type, in place where possible. In half
-// precision it is a function of its own, as commit() is: inlined wherever a tile is read or written, the
+// precision it is a separate function, as commit() is: inlined wherever a tile is read or written, the
 // conversions were a third of the code of a draw.
 template <class T>
 inline const compute_t<T>* load_rows(compute_t<T>* buffer, const T* p, i64 s0, i64 s1, const Tile& t) {

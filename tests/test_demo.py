@@ -372,7 +372,7 @@ def test_unknown_latents(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("latent", [2, 3])
 def test_classes_are_labelled_at_their_centroids(latent):
-    """Of more than two latents in the plane of the largest variance."""
+    """More than two latents are shown in the plane of the largest variance."""
     from matplotlib.figure import Figure
 
     images = digits()

@@ -113,7 +113,7 @@ OTHERS = {
     "replaced forward": (lambda: [_replaced()], 0),
     "dropout in training": (lambda: [nn.Dropout(0.3)], 0),
     "two activations": (lambda: [nn.Tanh(), nn.ReLU()], 0),
-    "a slope of its own": (lambda: [nn.Softplus(beta=2.0)], 0),
+    "another slope": (lambda: [nn.Softplus(beta=2.0)], 0),
     "falling": (lambda: [nn.ELU(-0.5)], 0),
     "falling below 0": (lambda: [nn.LeakyReLU(-0.2)], 0),
     "learned": (lambda: [nn.PReLU()], 0),
@@ -227,7 +227,7 @@ def test_a_fused_head_defers_its_body(always):
 
 
 def test_outputs_that_are_needed_are_multiplied_out(always):
-    """What takes no deferred layers gets the decoder's output: masks, samples, means, the record itself."""
+    """Callers without deferred layers get the decoder's output: a mask, log p of each element."""
     decoder = network([nn.GELU()], [nn.ELU(0.7)], [nn.Softplus()])
     z, mask = randn(K * B, D, seed=1).cpu(), rand(B, X, seed=2).cpu() < 0.5
     record = run_to_last_layer(decoder, z)

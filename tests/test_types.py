@@ -270,7 +270,7 @@ def _public_functions():
 
 
 def test_types_resolve_at_run_time():
-    """As libraries of commands, settings and documentation read them."""
+    """Libraries of commands, settings and documentation read type hints at run time."""
     functions = dict(_public_functions())
     assert {"fastvae.elbo", "VAE.elbo", "VAE.evaluate", "Evaluation.plot"} <= set(functions)
     for name, function in functions.items():

@@ -25,7 +25,7 @@ def burda_rate(epoch: int) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """What a model is trained by: an objective of (vae, x, beta), a batch, a learning rate per epoch.
+    """Configuration of a training: an objective of (vae, x, beta), a batch, a learning rate per epoch.
 
     ``static`` data is binarised once, otherwise anew in every epoch. ``warmup`` is the number of epochs in
     which β rises from 0 to 1. ``pseudo_inputs`` is the size of a VampPrior, None for N(0, I).
