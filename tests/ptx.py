@@ -380,6 +380,8 @@ class Threads:
             x = _wide(x)
         for rounding in set(op) & ROUNDINGS.keys():
             x = ROUNDINGS[rounding](x)
+        if "sat" in op and target[0] == "f":  # to [0, 1], NaN to 0
+            x = np.fmin(np.fmax(x, 0), 1)
         self.put(to, _narrow(x) if target == "bf16" else x.astype(TYPES[target]), active)
 
     def do_unknown(self, op, operands, active):
@@ -460,6 +462,9 @@ class Threads:
             out = out * (1 + error * self.random.uniform(-1, 1, self.count))
         if name in ABSOLUTE_ERRORS:
             out = out + ABSOLUTE_ERRORS[name](values[0]) * self.random.uniform(-1, 1, self.count)
+        if "rm" in op and dtype is F32:  # towards -inf
+            nearest = out.astype(F32)
+            out = np.where(nearest > out, np.nextafter(nearest, F32(-np.inf)), nearest)
         self.put(to, out.astype(dtype), active)
 
     def bfe(self, dtype, source, start, length):

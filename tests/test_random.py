@@ -83,6 +83,17 @@ def test_a_million_normals_to_ulps():
     assert ulps <= 4, f"{float(ulps):.2f} ulps"
 
 
+@pytest.mark.parametrize(("seed", "row_offset"), [(1, 7), (-(2**63), -1), (2**63 - 1, 2**31)])
+def test_normals_of_a_compiled_graph(seed, row_offset):
+    """In one loop in float32; sine and cosine of a rounded angle in (-π, π) err by up to π 2^-24."""
+    address = (torch.tensor(seed), 3, 200, 333, 5, row_offset, 2)
+    eps, exact = reference._elementwise_normal(*address), reference.normal(*address, dtype=torch.float64)
+    assert eps.shape == exact.shape and exact.abs().max() > 3
+    # Radius and function, three roundings each, and the angle's.
+    bound = 2.0**-24 * (6 * exact.abs() + 6.8 * math.pi)
+    assert bool(((eps.double() - exact).abs() <= bound).all())
+
+
 def test_tails_reach_six_sigma():
     """The radius of the smallest word is sqrt(2 ln 2^33) = 6.76: no cut below 6.6 sigma."""
     assert math.sqrt(2 * math.log(2**33)) > 6.6

@@ -90,13 +90,19 @@ def did_you_mean(came: Any, known: Iterable[str]) -> str:
     return f"; did you mean {ours!r}?" if ours else ""
 
 
-def teaches(function: F) -> F:
-    """Wrap a function so that an unknown keyword raises with the closest argument and the full list."""
+def teaches(function: F, traced: Callable[..., Any] | None = None) -> F:
+    """Wrap a function so that an unknown keyword raises with the closest argument and the full list.
+
+    Args:
+        function: the function.
+        traced: takes the same arguments in a compiled graph; returns None where the function is needed.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # the compiler does not support graph breaks within a try
-            return function(*args, **kwargs)
+            found = None if traced is None else traced(*args, **kwargs)
+            return function(*args, **kwargs) if found is None else found
         try:
             return function(*args, **kwargs)
         except TypeError as error:
@@ -107,6 +113,11 @@ def teaches(function: F) -> F:
         raise TypeError(message)
 
     return cast(F, call)
+
+
+def teaches_with(traced: Callable[..., Any]) -> Callable[[F], F]:
+    """Apply :func:`teaches` with a function for compiled graphs."""
+    return lambda function: teaches(function, traced)
 
 
 def teaches_by(cls: type) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
 import torch
 from torch import _C, nn
 from torch._functorch.utils import enable_single_level_autograd_function as single_level_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.nn import functional
@@ -28,6 +30,8 @@ __all__ = [
     "has_hooks",
     "is_functorch_wrapped",
     "is_torchs",
+    "is_traced_on_gpu",
+    "named_in_trace",
     "runs_torchs_call",
     "sample_dirichlet",
     "single_level_autograd",
@@ -60,6 +64,24 @@ _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
 def forward_ad_is_active() -> bool:
     """Return True inside ``torch.autograd.forward_ad.dual_level``."""
     return bool(forward_ad._current_level >= 0)
+
+
+def is_traced_on_gpu(tensor: torch.Tensor) -> bool:
+    """Return True for a GPU's tensor in Inductor's trace of the operations below autograd."""
+    if not tensor.is_cuda or _C._get_dispatch_mode(_C._TorchDispatchModeKey.FUNCTIONAL) is None:
+        return False
+    virtualized: Any = sys.modules.get("torch._inductor.virtualized")
+    return virtualized is not None and isinstance(virtualized.V.fake_mode, FakeTensorMode)
+
+
+def named_in_trace(op: Any) -> contextlib.AbstractContextManager[Any]:
+    """Name the operations that Inductor's trace records after ``op``, in kernels' names and in profiles.
+
+    Names of all operations would be too long for Inductor's fast launcher.
+    """
+    tracing: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    named = getattr(tracing, "set_original_aten_op", None)
+    return contextlib.nullcontext() if named is None else named(op)
 
 
 def gradient_dtypes(outputs: list[torch.Tensor], begin: torch.Tensor) -> set[torch.dtype]:

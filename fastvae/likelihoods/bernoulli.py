@@ -45,6 +45,7 @@ class Bernoulli(Declared):
     """
 
     name = "bernoulli"
+    elementary = True
     outputs = ("logits",)
     family = td.Bernoulli
     low, high = 0.0, 1.0

@@ -46,6 +46,7 @@ class Declared(Likelihood):
     constants: ClassVar[tuple[str, ...]] = ()
     low: ClassVar[float] = -math.inf
     high: ClassVar[float] = math.inf
+    elementary: ClassVar[bool] = False
     hint: ClassVar[str] = ""
 
     value: ClassVar[Callable[..., Tensor]]

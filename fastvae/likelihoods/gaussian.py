@@ -97,6 +97,7 @@ class Gaussian(Scaled):
     """
 
     name = "gaussian"
+    elementary = True
     outputs = ("mean", "logvar")
     family: ClassVar[type[td.Distribution] | None] = td.Normal
     own_parameters = {"scale": "a standard deviation"}

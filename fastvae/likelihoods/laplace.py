@@ -48,6 +48,7 @@ class Laplace(Scaled):
 
     name = "laplace"
     family = td.Laplace
+    elementary = True
     outputs = ("location", "log_scale")
     own_parameters = {"scale": "the mean distance from the location"}
 

@@ -49,6 +49,7 @@ class LogNormal(Scaled):
     """
 
     name = "log_normal"
+    elementary = True
     outputs = ("location", "log_scale")
     family = td.LogNormal
     low, inside = 0.0, 1.0

@@ -41,6 +41,7 @@ class Logistic(Scaled):
     """
 
     name = "logistic"
+    elementary = True
     outputs = ("location", "log_scale")
     own_parameters = {"scale": "the standard deviation times √3/π"}
 

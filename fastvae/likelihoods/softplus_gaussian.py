@@ -49,6 +49,7 @@ class SoftplusGaussian(Gaussian):
     """
 
     name = "softplus_gaussian"
+    elementary = True
     outputs = ("mean", "raw", "log_floor")  # type: ignore[assignment]
     constants = ("log_floor",)
     family = None  # a Normal's scale would have to be inverted through the softplus

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_weight, first_row, may_look
-from ..core.hints import teaches
+from ..core.hints import teaches_with
 from ..core.nested import Conditioning
 from ..core.options import FREE_BITS_PER, KL, KLS, REDUCTIONS, FreeBitsPer, Reduction
 from ..core.torch_private import functorch_is_active
@@ -22,6 +22,7 @@ from ..ops.reduce import BoundReduction
 from ..random import draw_seed
 from .options import Terms
 from .reduce import reduce_draws, reduce_samples
+from .traced import traced_elbo
 from .usual import usual_bound
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def elbo(
 def elbo(
     x: Data, q: Any, decoder: Decoder, *, terms: bool, **options: Unpack[ElboArguments]
 ) -> Tensor | Terms: ...
-@teaches
+@teaches_with(traced_elbo)
 def elbo(
     x: Tensor | Mapping[str, Any],
     q: Any,

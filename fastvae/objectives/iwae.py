@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, first_row
-from ..core.hints import teaches
+from ..core.hints import teaches, teaches_with
 from ..core.nested import Conditioning
 from ..core.options import ESTIMATORS, REDUCTIONS, Estimator, Noise, Reduction
 from ..distributions.draws import describe, draw_chunk, draw_ratio
@@ -23,6 +23,7 @@ from .from_weights import bound_from_weights
 from .options import Terms
 from .reduce import reduce_draws, reduce_samples
 from .row_gradients import Float16Gradients, check_rows_apart
+from .traced import traced_iwae
 from .usual import usual_bound
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def iwae(
 def iwae(
     x: Data, q: Any, decoder: Decoder, *, terms: bool, **options: Unpack[IwaeArguments]
 ) -> Tensor | Terms: ...
-@teaches
+@teaches_with(traced_iwae)
 def iwae(
     x: Tensor | Mapping[str, Any],
     q: Any,

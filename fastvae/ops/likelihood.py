@@ -36,7 +36,7 @@ from ..core.fast_path import in_eager_mode, is_native, is_usual
 from ..core.nested import as_mask
 from ..core.torch_private import any_requires_grad
 from ._contract import Contract
-from .op import Op, accumulator, cast, in_shape
+from .op import FEW_ROWS, Op, accumulator, are_few, cast, in_shape
 
 
 class Declaration(Protocol):
@@ -49,6 +49,8 @@ class Declaration(Protocol):
         inside: an x in this range, which replaces elements that a mask leaves out.
         takes_integers: x may be integers, which are read without conversion.
         differentiable: x may have a gradient.
+        elementary: value, gradient and data are a few elementary functions in the dtype of their arguments,
+            which a compiler fuses well.
         hint: advice for data out of range.
         value, gradient, data: the definition in plain PyTorch: log p of an element; the gradients of x (None
             if not differentiable) and of each parameter for the upstream gradient g; the term of x alone, or
@@ -62,6 +64,7 @@ class Declaration(Protocol):
     inside: float
     takes_integers: bool
     differentiable: bool
+    elementary: bool
     hint: str
     value: Callable[..., Tensor]
     gradient: Callable[..., tuple[Tensor | None, ...]]
@@ -168,6 +171,9 @@ class LogProb(Op):
     def check(self, x, mask, *parameters):
         _check_inputs(self.contract, x, mask, parameters)
 
+    def is_fusable(self, x, mask, *parameters):
+        return self.likelihood.elementary and are_few(FEW_ROWS, x, *parameters)
+
     def fake(self, x, mask, *parameters):
         return x.new_empty(self._shape(x, parameters), dtype=result_dtype(x, *parameters))
 
@@ -245,6 +251,9 @@ class _LogProbBackward(Op):
         _check_inputs(self.contract, x, mask, parameters)
         shape = tuple(LogProb._shape(x, parameters))
         self.contract.expect("grad", grad, result_dtype(x, *parameters), shape)
+
+    def is_fusable(self, grad, x, mask, *rest):
+        return self.likelihood.elementary and are_few(FEW_ROWS, x, *rest[:-1])
 
     def fake(self, grad, x, mask, *rest):
         *parameters, need = rest

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core import backend as _backend
 from ..core.checks import as_int, check_tensor, shape_of
-from .op import Op, accumulator
+from .op import FEW_ROWS, Op, accumulator, are_few
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -69,6 +69,9 @@ class _LogMeanExpBackward(Op):
     schema = "(Tensor grad, Tensor log_w, Tensor maximum, Tensor total) -> Tensor"
     native = staticmethod(_backend.native(name))
 
+    def is_fusable(self, grad, log_w, maximum, total):
+        return are_few(FEW_ROWS, log_w)
+
     def check(self, grad, log_w, maximum, total):
         self.contract.expect("log_w", log_w, None, (-1, -1))
         for name, t in (("grad", grad), ("maximum", maximum), ("total", total)):
@@ -87,6 +90,9 @@ class _LogMeanExp(Op):
     shown = 1
     gradient = _LogMeanExpBackward()
     native = staticmethod(_backend.native(name))
+
+    def is_fusable(self, log_w):
+        return are_few(FEW_ROWS, log_w)
 
     def check(self, log_w):
         self.contract.expect("log_w", log_w, None, (-1, -1))

@@ -53,7 +53,7 @@ from ..core.checks import check_choice, check_count
 from ..core.spread import spread
 from ..reference.random import normal
 from .normal_arguments import Draw, NormalPrior, form_of, prepare
-from .op import Op, accumulator, empty_like, in_shape, or_none
+from .op import FEW_DRAWS, Op, accumulator, are_few, empty_like, in_shape, or_none
 
 ESTIMATORS = ("iwae", "dreg", "stl")
 
@@ -283,6 +283,12 @@ def _check_inputs(contract, mu, logvar, prior_mu, prior_logvar, seed, draw):
     contract.expect_count("samples", draw.samples)
 
 
+def _is_fusable(mu, logvar, prior_mu, prior_logvar, seed, draw):
+    if type(draw.samples) is not int or not mu.numel() or seed.dim():
+        return False
+    return are_few(FEW_DRAWS, mu.expand(draw.samples, *mu.shape), logvar, prior_mu, prior_logvar)
+
+
 class _Draw(Op):
     """Op whose last result is the slope of the noise, kept for the backward pass."""
 
@@ -292,6 +298,9 @@ class _Draw(Op):
 
     def check(self, *args):
         _check_inputs(self.contract, *args[:6])
+
+    def is_fusable(self, *args):
+        return _is_fusable(*args[:6])
 
     def forward(self, run, ctx, mu, logvar, prior_mu, prior_logvar, seed, draw, *options):
         results = run(mu, logvar, prior_mu, prior_logvar, seed, draw, *options)
@@ -327,6 +336,9 @@ class _Gradient(Op):
         n = self.arrives
         mu, logvar, _, _, seed, draw = args[n + 1 : n + 7]
         return self.native(*args[:n], _slope(mu, logvar, seed, draw), *args[n + 1 :])
+
+    def is_fusable(self, *args):
+        return args[self.arrives] is None and _is_fusable(*args[self.arrives + 1 : self.arrives + 7])
 
     def check(self, grad_z, *args):
         *grads, slope = args[: self.arrives]

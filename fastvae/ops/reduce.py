@@ -35,7 +35,7 @@ from ..core import backend as _backend
 from ..core.torch_private import any_requires_grad
 from ._contract import Contract
 from .likelihood import Declaration, refuse, result_dtype
-from .op import Op, or_none
+from .op import FEW_ROWS, Op, are_few, or_none
 
 
 class BoundReduction(NamedTuple):
@@ -166,6 +166,10 @@ def _check_inputs(contract: Contract, number: int, x: Tensor, mask: Tensor | Non
     return check_bound(contract, x.shape[0], rows, term, beta, how)
 
 
+def _is_fusable(likelihood: Declaration, *tensors: Tensor | None, how: BoundReduction) -> bool:
+    return likelihood.elementary and how.is_plain and are_few(FEW_ROWS, *tensors)
+
+
 class _Reduce(Op):
     module = "reduce"
     record = BoundReduction
@@ -200,6 +204,9 @@ class _Reduce(Op):
 
     def check(self, x, mask, *rest):
         _check_inputs(self.contract, self.number, x, mask, rest)
+
+    def is_fusable(self, x, mask, *rest):
+        return _is_fusable(self.likelihood, x, *rest[:-3], how=rest[-2])
 
     def fake(self, x, mask, *rest):
         parameters, (_, _, how, terms) = rest[: self.number], rest[self.number :]
@@ -272,6 +279,10 @@ class _ReduceBackward(Op):
             return grad_x, *grads, grad_term if grad_term is None else grad_term.to(term.dtype)
 
         return function
+
+    def is_fusable(self, *args):
+        x, _, *rest = args[3:]
+        return _is_fusable(self.likelihood, x, *rest[:-3], how=rest[-2])
 
     def check(self, *args):
         x, mask, *rest = args[3:]

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from ..core.special import expm1_minus, upcast
 from ..core.spread import spread
+from ..core.torch_private import is_traced_on_gpu
 from .random import normal
 
 
 def _noise(seed, draw, mu):
+    if is_traced_on_gpu(mu):
+        # Inductor would inline all rounds into each other if it computed with a constant seed.
+        seed = seed | (mu[0, 0].isnan() & False)
     return normal(seed, draw.samples, *mu.shape, draw.sample_offset, draw.row_offset, dtype=mu.dtype)  # type: ignore[call-arg, misc]
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.quasirandom import SobolEngine
 
+from ..core.torch_private import is_traced_on_gpu
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -102,9 +104,44 @@ def normal(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return standard normals [samples, rows, columns]; words 2i and 2i+1 of a row give normals 2i, 2i+1."""
+    if is_traced_on_gpu(seed) and dtype != torch.float64:
+        return _elementwise_normal(seed, samples, rows, columns, sample_offset, row_offset, level).to(dtype)
     w = words(seed, samples, rows, columns, sample_offset, row_offset, level).double()
     # u lies in (0, 1), excluding 0 and 1: the largest radius is sqrt(2 ln 2^33) = 6.76.
     radius = torch.sqrt(-2 * torch.log((w[..., 0::2] + 0.5) * 2.0**-32))
     angle = (w[..., 1::2] + 0.5) * (2 * math.pi * 2.0**-32)
     eps = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return eps.flatten(-2)[..., :columns].to(dtype).contiguous()
+
+
+def _elementwise_normal(
+    seed: Tensor, samples: int, rows: int, columns: int, sample_offset: int, row_offset: int, level: int
+) -> Tensor:
+    """Return the float32 normals [samples, rows, columns] of a seed [], each from its own address.
+
+    A compiler makes one loop of it. Each block of four columns is computed four times; on a GPU a small draw
+    takes as long.
+    """
+    # In one shape from the beginning: the compiler would store smaller ones.
+    shape = samples, rows, columns
+    index = torch.arange(samples * rows * columns, device=seed.device).view(shape)
+    seed = seed.expand(shape)
+    column, row = index % columns, index // columns % rows + row_offset
+    # Or'ed with zeros that depend on data: the compiler computes with an index in 32 bits.
+    zero = seed & 0
+    c0, c2 = column >> 2 | zero, index // (rows * columns) + sample_offset | zero
+    c1, c3 = row if row_offset >= 0 else zero, zero + level
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # A product of two 32-bit words wraps around 2^63, and keeps its bits.
+        p, q = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (q >> 32) & _MASK ^ c1 ^ k0, q & _MASK, (p >> 32) & _MASK ^ c3 ^ k1, p & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    in_first = (column & 2) == 0
+    w, v = torch.where(in_first, c0, c2), torch.where(in_first, c1, c3)
+    # From u's distance to the nearer of 0 and 1, so that the smallest radii keep their accuracy.
+    high = w >> 31 == 1
+    distance = (2 * torch.where(high, _MASK - w, w) + 1).float() * 2.0**-33
+    radius = torch.sqrt(-2 * torch.where(high, torch.log1p(-distance), torch.log(distance)))
+    angle = (2 * (v - ((v >> 31) << 32)) + 1).float() * (math.pi * 2.0**-32)
+    return radius * torch.where((column & 1) == 0, torch.cos(angle), torch.sin(angle))
