@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
+from torch.compiler import is_compiling  # by name: a compiler guards each other name of a module
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,7 +101,7 @@ def teaches(function: F, traced: Callable[..., Any] | None = None) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler does not support graph breaks within a try
+        if is_compiling():  # the compiler does not support graph breaks within a try
             found = None if traced is None else traced(*args, **kwargs)
             return function(*args, **kwargs) if found is None else found
         try:
@@ -156,7 +157,7 @@ def _unknown(function: Callable[..., Any], name: str, given: dict[str, Any]) -> 
 
 def explained(function: Callable[..., Any], given: tuple[Any, ...], note: Callable[[], str]) -> Any:
     """Call a user's ``function(*given)``; an error gets a note that describes its inputs."""
-    if torch.compiler.is_compiling():  # the compiler does not support graph breaks within a try
+    if is_compiling():  # the compiler does not support graph breaks within a try
         return function(*given)
     try:
         return function(*given)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, ops, randint
+from torch import Tensor, is_tensor, ops, randint
 
 from ..distributions.draws import STANDARD
 from ..distributions.normal import diagonal
@@ -70,9 +70,9 @@ def _traced_bound(
         return None
     if not isinstance(k, int) or k is True:
         return None
-    if not (isinstance(x, Tensor) and x.is_cuda and x.is_floating_point() and x.dim() == 2 and k > 0):
+    if not (is_tensor(x) and x.is_cuda and x.is_floating_point() and x.dim() == 2 and k > 0):
         return None
-    if isinstance(q, Tensor):
+    if is_tensor(q):
         if q.dim() != 2 or q.shape[1] % 2:
             return None
         q = q.chunk(2, 1)
@@ -80,7 +80,7 @@ def _traced_bound(
         return None
     mu, logvar = q
     for t in (mu, logvar):
-        if not (isinstance(t, Tensor) and t.is_floating_point() and t.dim() == 2 and t.device == x.device):
+        if not (is_tensor(t) and t.is_floating_point() and t.dim() == 2 and t.device == x.device):
             return None
     if mu.shape != logvar.shape or mu.dtype != logvar.dtype or mu.shape[0] != x.shape[0]:
         return None
@@ -99,9 +99,7 @@ def _traced_bound(
     parameters = output if type(output) is tuple else (output,)
     fits, shape = len(parameters) == number, (k * x.shape[0], x.shape[1])
     for p in parameters:
-        fits = fits and (
-            isinstance(p, Tensor) and p.is_floating_point() and p.shape == shape and p.device == x.device
-        )
+        fits = fits and (is_tensor(p) and p.is_floating_point() and p.shape == shape and p.device == x.device)
     if fits:
         bound: Tensor = reduced(
             x, None, *parameters, term, None, coefficient, over, reduction, 0.0, 1, 0.0, False
