@@ -67,8 +67,10 @@ def forward_ad_is_active() -> bool:
 
 
 def is_traced_on_gpu(tensor: torch.Tensor) -> bool:
-    """Return True for a GPU's tensor in Inductor's trace of the operations below autograd."""
+    """Return True for a GPU's tensor in Inductor's trace of the operations below autograd and transforms."""
     if not tensor.is_cuda or _C._get_dispatch_mode(_C._TorchDispatchModeKey.FUNCTIONAL) is None:
+        return False
+    if functorch_is_active():
         return False
     virtualized: Any = sys.modules.get("torch._inductor.virtualized")
     return virtualized is not None and isinstance(virtualized.V.fake_mode, FakeTensorMode)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, is_tensor, ops, randint
+from torch import Tensor, is_tensor, ops, randint, strided
 
 from ..distributions.draws import STANDARD
 from ..distributions.normal import diagonal
@@ -70,10 +70,12 @@ def _traced_bound(
         return None
     if not isinstance(k, int) or k is True:
         return None
-    if not (is_tensor(x) and x.is_cuda and x.is_floating_point() and x.dim() == 2 and k > 0):
+    if not (is_tensor(x) and x.is_cuda and x.layout is strided and x.is_floating_point()):
+        return None
+    if x.dim() != 2 or k <= 0:
         return None
     if is_tensor(q):
-        if q.dim() != 2 or q.shape[1] % 2:
+        if q.dim() != 2 or q.shape[1] % 2 or q.shape[1] == 0:
             return None
         q = q.chunk(2, 1)
     elif not isinstance(q, tuple) or len(q) != 2:

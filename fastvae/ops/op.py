@@ -220,7 +220,9 @@ class Op:
         return bool(_backend.extension().implement_on_gpu(self._gpu, name, empty_for_none, with_handles))
 
     def _checked_formulas(self, *args):
-        self.contract.check_devices(args[: self._tensors])
+        tensors = args[: self._tensors]
+        self.contract.check_devices(tensors)
+        self.contract.check_storage(tensors)
         self.check(*args)
         return self._by_backend("reference")(*args)
 

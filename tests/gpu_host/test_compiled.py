@@ -217,6 +217,32 @@ def test_another_backend_calls_the_ops(card):
     assert {"rsample_kl_kernel", "log_prob_kernel"} <= _names(card)
 
 
+def _iwae(x, mu, logvar, weight):
+    decoder = _decoder("bernoulli", weight)
+    return fastvae.iwae(x, (mu, logvar), decoder, k=K, likelihood="bernoulli")
+
+
+def test_evaluation_without_gradients(card):
+    assert_same("bound", _compiled(_iwae), [_data("bernoulli"), *(t.detach() for t in _inputs())])
+    _assert_fused(card)
+
+
+def test_transforms_call_the_ops(card):
+    def gradient(mu, *rest):
+        return torch.func.grad(lambda mu: _iwae(rest[0], mu, *rest[1:]))(mu)
+
+    x, mu, logvar, weight = (t.detach() for t in [_data("bernoulli"), *_inputs()])
+    assert_same("gradient", _compiled(gradient), [mu, x, logvar, weight])
+    assert {"rsample_log_ratio_kernel", "log_prob_kernel"} <= _names(card)
+
+
+def test_batches_of_several_sizes(card):
+    compiled = torch.compile(_iwae, dynamic=True, options={"fallback_random": True})
+    for rows in (B, B - 2):
+        inputs = [_data("bernoulli")[:rows], *(t.detach()[:rows] for t in _inputs()[:2]), _inputs()[2]]
+        assert_same("bound", lambda x, *rest: (compiled if x.is_cuda else _iwae)(x, *rest), inputs)
+
+
 def test_an_unusual_output_of_the_decoder(card):
     def bound(x, mu, logvar, weight):
         def decoder(z):
