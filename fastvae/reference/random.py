@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,7 +29,17 @@ def _mulhilo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high << 16) | (low & 0xFFFF)) & _MASK
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _mulhilo_by_wrapping(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute :func:`_mulhilo` where a product beyond 64 bits keeps its lowest ones, as on a GPU."""
+    product = multiplier * word
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    mulhilo: Callable[[int, Tensor], tuple[Tensor, Tensor]] = _mulhilo,
+) -> tuple[Tensor, ...]:
     """Compute Philox4x32-10 of Salmon et al. (2011): four words from four counter words and two key words.
 
     All are int64 tensors that hold unsigned 32-bit words and broadcast together.
@@ -36,8 +47,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        high0, low0 = _mulhilo(_MULTIPLIERS[0], c0)
-        high1, low1 = _mulhilo(_MULTIPLIERS[1], c2)
+        high0, low0 = mulhilo(_MULTIPLIERS[0], c0)
+        high1, low1 = mulhilo(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
@@ -129,16 +140,11 @@ def _elementwise_normal(
     column, row = index % columns, index // columns % rows + row_offset
     # Or'ed with zeros that depend on data: the compiler computes with an index in 32 bits.
     zero = seed & 0
-    c0, c2 = column >> 2 | zero, index // (rows * columns) + sample_offset | zero
-    c1, c3 = row if row_offset >= 0 else zero, zero + level
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        # A product of two 32-bit words wraps around 2^63, and keeps its bits.
-        p, q = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (q >> 32) & _MASK ^ c1 ^ k0, q & _MASK, (p >> 32) & _MASK ^ c3 ^ k1, p & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    sample = index // (rows * columns) + sample_offset
+    counter = column >> 2 | zero, row if row_offset >= 0 else zero, sample | zero, zero + level
+    w0, w1, w2, w3 = philox(counter, (seed & _MASK, (seed >> 32) & _MASK), _mulhilo_by_wrapping)
     in_first = (column & 2) == 0
-    w, v = torch.where(in_first, c0, c2), torch.where(in_first, c1, c3)
+    w, v = torch.where(in_first, w0, w2), torch.where(in_first, w1, w3)
     # From u's distance to the nearer of 0 and 1, so that the smallest radii keep their accuracy.
     high = w >> 31 == 1
     distance = (2 * torch.where(high, _MASK - w, w) + 1).float() * 2.0**-33

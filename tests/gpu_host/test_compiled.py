@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 import fastvae
@@ -251,6 +252,17 @@ def test_an_unusual_output_of_the_decoder(card):
         return fastvae.iwae(x, (mu, logvar), decoder, k=K, likelihood="bernoulli")
 
     assert_same("mapping", _compiled(bound), [_data("bernoulli"), *_inputs()])
+
+
+def test_a_fused_head(card):
+    def bound(x, mu, logvar, weight):
+        layer = nn.utils.stateless.functional_call
+        head = fastvae.FusedHead(nn.Identity(), linear.to(x.device))
+        given = {"layers.0.weight": weight[:X], "layers.0.bias": weight[:X, 0]}
+        return fastvae.iwae(x, (mu, logvar), lambda z: layer(head, given, (z,)), k=K, likelihood="bernoulli")
+
+    linear = nn.Linear(D, X)
+    assert_same("head", _compiled(bound), [_data("bernoulli"), *_inputs()])
 
 
 def test_wrong_arguments_are_explained(card):
