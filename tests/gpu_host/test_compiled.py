@@ -256,7 +256,7 @@ def test_an_unusual_output_of_the_decoder(card):
 
 def test_a_fused_head(card):
     def bound(x, mu, logvar, weight):
-        layer = nn.utils.stateless.functional_call
+        layer = torch.func.functional_call
         head = fastvae.FusedHead(nn.Identity(), linear.to(x.device))
         given = {"layers.0.weight": weight[:X], "layers.0.bias": weight[:X, 0]}
         return fastvae.iwae(x, (mu, logvar), lambda z: layer(head, given, (z,)), k=K, likelihood="bernoulli")
