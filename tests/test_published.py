@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from docs.experiments import imputation
-from docs.experiments.mnist import compare, evaluation, noise
+from docs.experiments.mnist import accuracy, compare, evaluation, noise
 from docs.experiments.mnist.runs import RUNS, burda_rate
 from docs.experiments.mnist.training import trained
 from fastvae.cli.images import idx_folder
@@ -71,6 +71,16 @@ def test_plain_pytorch_trains_alike(images, tmp_path):
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 2 * len(rows)
 
 
+def test_errors_of_estimates(images, tmp_path, monkeypatch):
+    methods = (("posterior", 7, None), ("refined", 5, None), ("refined", 200, 0.5))
+    monkeypatch.setattr(accuracy, "METHODS", methods)
+    rows = accuracy.errors(trained("iwae-5", images.train, 1, tmp_path).vae, images.test[:3], truth=50)
+    assert [proposal for proposal, *_ in rows] == [proposal for proposal, *_ in methods]
+    assert all(float(row[4]) >= abs(float(row[3])) for row in rows)
+    accuracy.write(rows, tmp_path / "accuracy.csv")
+    assert len((tmp_path / "accuracy.csv").read_text().splitlines()) == 1 + len(methods)
+
+
 def test_noise_of_gradients(images, tmp_path, monkeypatch):
     monkeypatch.setattr(noise, "DRAWS", (1, 4))
     run = trained("iwae-5", images.train, 1, tmp_path)
@@ -100,5 +110,8 @@ def test_the_page_has_the_numbers_of_the_files():
             value = line[column]
             rounded = value if "." not in value else f"{float(value):.2f}"
             assert f" {rounded} " in page, (line["run"], column, rounded)
+    for line in _rows("published-accuracy.csv"):
+        cells = [line["seconds"], line["bias"].replace("-", "−"), line["rms error"], line["khat > 0.7 %"]]
+        assert f"| {line['draws']} | {' | '.join(cells)} % |" in page
     for line in _rows("published-imputation.csv"):
         assert f"{line['mean squared error']} ± {line['standard deviation']}" in page

@@ -2,7 +2,7 @@
 
 For docs/published.md. ``train`` continues runs from their checkpoints up to ``--epochs``; ``evaluate`` writes
 a line for each to docs/published.csv; ``noise`` measures the gradients of a trained model; ``compare`` trains
-by plain PyTorch and by fastvae with the same noise.
+by plain PyTorch and by fastvae with the same noise; ``accuracy`` measures errors of estimates of log p(x).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 
 from fastvae.cli.images import idx_folder
 
-from . import compare, evaluation, noise
+from . import accuracy, compare, evaluation, noise
 from .runs import RUNS
 from .training import trained
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m docs.experiments.mnist", description=__doc__)
-    parser.add_argument("command", choices=["train", "evaluate", "noise", "compare"])
+    parser.add_argument("command", choices=["train", "evaluate", "noise", "compare", "accuracy"])
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST's IDX files")
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of checkpoints")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
@@ -51,6 +51,9 @@ def main() -> None:
         if options.command == "noise":
             ratios = noise.ratios(run.vae, test[:20], options.evaluations)
             noise.write(ratios, options.results or noise.NOISE)
+        if options.command == "accuracy":
+            found = accuracy.errors(run.vae, test[: options.annealed])
+            accuracy.write(found, options.results or accuracy.ACCURACY)
         if options.command == "evaluate":
             sizes = options.k or 5000, options.refined, options.annealed
             line = evaluation.evaluated(name, run, test, *sizes)
