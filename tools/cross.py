@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,22 @@ CSRC = Path(__file__).parent.parent / "csrc"
 TARGETS = ("aarch64-linux-gnu", "aarch64-macos", "x86_64-linux-gnu")
 
 
+def python_headers(folder: Path) -> Path:
+    """Return the folder of Python's headers.
+
+    Debian's pyconfig.h includes one for each processor, of which only this one's is installed. Then the
+    headers are copied to ``folder``, with this one's.
+    """
+    include = Path(sysconfig.get_paths()["include"])
+    own = include.parent / str(sysconfig.get_config_var("MULTIARCH")) / include.name / "pyconfig.h"
+    if not own.exists():
+        return include
+    copied = folder / "python"
+    shutil.copytree(include, copied)
+    shutil.copy(own, copied / "pyconfig.h")
+    return copied
+
+
 def main() -> int:
     """Print the errors of each file that does not compile for a target; return whether any failed."""
     import pybind11
@@ -26,7 +43,7 @@ def main() -> int:
     wanted = sys.argv[1:] or TARGETS
     with tempfile.TemporaryDirectory() as generated:
         units = runpy.run_path(str(CSRC / "generate.py"))["write"](generated)
-        includes = [generated, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
+        includes = [generated, CSRC, pybind11.get_include(), python_headers(Path(generated))]
         flags = ["-std=c++17", "-O0", "-fPIC", "-fopenmp-simd", *(f"-I{i}" for i in includes)]
 
         def problems(job: tuple[str, Path]) -> str:
