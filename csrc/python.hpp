@@ -22,6 +22,9 @@ namespace fastvae {
 struct Torch {
   PyObject *base, *data_ptr, *dtype, *shape, *stride, *to, *new_empty, *with_dtype, *empty_like,
       *get_num_threads, *dtypes[kDtypes];
+  // Of size, stride and dtype, on the CPU and on the current GPU: how Inductor's code allocates, in half of
+  // new_empty's time or less. Null where this torch does not have them.
+  PyObject *empty_on_cpu = nullptr, *empty_on_gpu = nullptr;
   Torch() {
     data_ptr = PyUnicode_InternFromString("data_ptr");
     dtype = PyUnicode_InternFromString("dtype");
@@ -34,6 +37,12 @@ struct Torch {
     base = pybind11::object(torch.attr("_C").attr("TensorBase")).release().ptr();
     empty_like = pybind11::object(torch.attr("empty_like")).release().ptr();
     get_num_threads = pybind11::object(torch.attr("get_num_threads")).release().ptr();
+    try {
+      const pybind11::object guards = torch.attr("_C").attr("_dynamo").attr("guards");
+      empty_on_cpu = pybind11::object(guards.attr("_empty_strided_cpu")).release().ptr();
+      empty_on_gpu = pybind11::object(guards.attr("_empty_strided_cuda")).release().ptr();
+    } catch (const pybind11::error_already_set&) {
+    }
     // In the order of enum Dtype.
     const char* names[] = {"float32", "float64", "bfloat16", "float16", "uint8",
                            "int8",    "int16",   "int32",    "int64",   "bool"};
@@ -166,9 +175,22 @@ struct Made : Output {
   }
 };
 
-// Allocates an uninitialised contiguous tensor [sizes] on the device of the given one.
+// Allocates an uninitialised contiguous tensor [sizes] on the CPU, as the given one.
 inline Made make(const Given& given, std::initializer_list<i64> sizes, int dtype) {
   const Torch& names = torch_names();
+  if (names.empty_on_cpu != nullptr) {
+    const auto axes = static_cast<Py_ssize_t>(sizes.size());
+    const pybind11::object size = owned(PyTuple_New(axes)), strides = owned(PyTuple_New(axes));
+    i64 stride = 1;
+    for (Py_ssize_t i = axes; i-- > 0;) {
+      const i64 its = sizes.begin()[i];
+      PyTuple_SET_ITEM(size.ptr(), i, owned(PyLong_FromLongLong(its)).release().ptr());
+      PyTuple_SET_ITEM(strides.ptr(), i, owned(PyLong_FromLongLong(stride)).release().ptr());
+      stride *= its > 0 ? its : 1;
+    }
+    PyObject* arguments[] = {size.ptr(), strides.ptr(), names.dtypes[dtype]};
+    return Made(owned(PyObject_Vectorcall(names.empty_on_cpu, arguments, 3, nullptr)), dtype);
+  }
   // Sizes one by one cost less than a tuple of them, except for none.
   PyObject* arguments[5] = {given.object};
   std::size_t n = 1;
@@ -190,7 +212,7 @@ inline Made make(const Given& given, std::initializer_list<i64> sizes, int dtype
 
 // Allocates an uninitialised contiguous tensor of the given one's shape.
 inline Made make_like(const Given& given, int dtype) {
-  if (dtype == given.dtype && given.is_contiguous()) {  // a third cheaper
+  if (torch_names().empty_on_cpu == nullptr && dtype == given.dtype && given.is_contiguous()) {
     return Made(owned(PyObject_CallOneArg(torch_names().empty_like, given.object)), dtype);
   }
   if (given.axes == 0) return make(given, {}, dtype);

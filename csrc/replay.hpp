@@ -412,21 +412,6 @@ inline PyObject* called(PyObject* function, PyObject* const* arguments, Py_ssize
   return PyObject_Vectorcall(function, arguments, static_cast<std::size_t>(number), nullptr);
 }
 
-// The function by which Inductor's code allocates on the current device, in half the time of new_empty; null
-// where this torch does not have it.
-inline PyObject* empty_strided() {
-  static PyObject* const found = [] {
-    PyObject* function = nullptr;
-    try {
-      const auto guards = pybind11::module_::import("torch").attr("_C").attr("_dynamo").attr("guards");
-      function = pybind11::object(guards.attr("_empty_strided_cuda")).release().ptr();
-    } catch (const pybind11::error_already_set&) {
-    }
-    return function;
-  }();
-  return found;
-}
-
 // The op as a Python function.
 inline PyObject* replay(PyObject* self, PyObject* const* arguments, Py_ssize_t number) {
   return guarded([&]() -> PyObject* {
@@ -457,7 +442,7 @@ inline PyObject* replay(PyObject* self, PyObject* const* arguments, Py_ssize_t n
     address results[kMostTensors];
     for (std::size_t i = 0; i < count; ++i) {
       const Creation& its = plan->creations[i];
-      if (PyObject* empty = empty_strided()) {
+      if (PyObject* empty = names.empty_on_gpu) {
         PyObject* given[] = {its.size.ptr(), its.stride.ptr(), its.dtype.ptr()};
         made[i] = owned(called(empty, given, 3));
       } else if (its.like >= 0) {
