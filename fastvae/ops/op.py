@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from ..core import backend as _backend
 from ..core.backend import _choice, _default
+from ..core.compiled_cache import renew_for_these_formulas
 from ..core.fast_path import ON_CPU, ON_GPU, PLACES, WANTED, plain
 from ..core.torch_private import (
     BelowAutograd,
@@ -230,7 +231,10 @@ class Op:
         return self._by_backend("reference")(*args)
 
     def _on_fake(self, *args):
-        self.contract.check_devices(args[: self._tensors])
+        tensors = args[: self._tensors]
+        self.contract.check_devices(tensors)
+        if any([t is not None and t.is_cuda for t in tensors]):
+            renew_for_these_formulas()
         return self.fake(*args)
 
     def _checked(self, function: Callable) -> Callable:

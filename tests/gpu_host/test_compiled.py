@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.compiler import config
 from torch.nn import functional
 
 import fastvae
@@ -18,13 +20,6 @@ from .compared import DTYPES, B, D, X, assert_same, draw
 
 K = 6
 ELEMENTARY = sorted(name for name, kind in DECLARED.items() if kind.elementary)
-
-
-@pytest.fixture(autouse=True)
-def without_cache():
-    """Compile anew: torch's cache does not see a change of the formulas."""
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        yield
 
 
 def _compiled(function):
@@ -282,3 +277,22 @@ def test_wrong_arguments_are_explained(card):
         torch._dynamo.reset()
         with pytest.raises(Exception, match=error):
             torch.compile(call)()
+
+
+def test_other_formulas_are_compiled_anew(tmp_path, monkeypatch):
+    """torch's cache on disk has no graph of another version of fastvae's formulas."""
+    monkeypatch.setattr(config, "cache_key_tag", "users")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    inputs = [t.detach().cuda() for t in _inputs()[:2]]
+    seed = torch.tensor(3, device="cuda")
+
+    def hits():
+        counters.clear()
+        torch._dynamo.reset()
+        torch.compile(lambda mu, logvar: ops.rsample_kl(mu, logvar, k=K, seed=seed))(*inputs)
+        return counters["aot_autograd"]["autograd_cache_hit"]
+
+    assert (hits(), hits()) == (0, 1)
+    assert config.cache_key_tag.startswith("users fastvae-")
+    monkeypatch.setattr(config, "cache_key_tag", "users fastvae-older")
+    assert (hits(), hits()) == (0, 1)
