@@ -18,7 +18,16 @@ from fastvae.ops.head import Layers, reduce_linear
 from fastvae.ops.reduce import BoundReduction, reduce
 
 from .measure import COMPILE, CPU, OURS, TOLERANCE, Place, Work, assert_near, compiled, keep_memory
-from .objectives import PIXELS, _eager, _pythae, model_of
+from .objectives import (
+    PIXELS,
+    _eager,
+    _name,
+    _products,
+    _pythae,
+    by_hand_of,
+    chunk_by_hand,
+    model_of,
+)
 
 HOW = BoundReduction(1.0, "log_mean_exp", "mean")
 STORED = "fastvae, output stored"
@@ -39,7 +48,8 @@ def works():
         yield head(k, b, inner, size, target)
         torch._dynamo.reset()
     yield step()
-    yield evaluation()
+    for hidden in ((200,), (200, 200)):
+        yield evaluation(hidden)
 
 
 def inputs(k: int, b: int, inner: int, size: int, place: Place = CPU) -> tuple[Tensor, ...]:
@@ -109,30 +119,29 @@ def step() -> Work:
     )
 
 
-def evaluation() -> Work:
-    """Return the work of log p(x) of 16 images by 5000 draws each."""
-    model, x = model_of((200,), 50).eval(), torch.rand(16, PIXELS).round()
+def evaluation(hidden: tuple[int, ...]) -> Work:
+    """Return the work of log p(x) of 16 images by 5000 draws each.
+
+    Args:
+        hidden: widths of the encoder's and the decoder's hidden layers.
+    """
+    images, latent, k = 16, 50, 5000
+    model, x = model_of(hidden, latent).eval(), torch.rand(images, PIXELS).round()
     encoder, decoder = model["encoder"], model["decoder"]
 
     @torch.no_grad()
     def ours(decoder: nn.Module) -> Tensor:
         torch.manual_seed(1)
         q = encoder(x).chunk(2, dim=1)
-        return fastvae.log_marginal(x, q, decoder, k=5000, likelihood="bernoulli").log_px
+        return fastvae.log_marginal(x, q, decoder, k=k, likelihood="bernoulli").log_px
 
     run = {OURS: lambda: ours(fastvae.FusedHead(decoder[:-1], decoder[-1])), STORED: lambda: ours(decoder)}
     checks = {STORED: lambda: assert_near(run[STORED](), run[OURS]())}
-    if (pythae := _pythae(model, (200,), 50)) is not None:
-        run["pythae"] = lambda: pythae(x, 5000)
-    operations = 16 * 5000 * (200 * PIXELS + 50 * 200)
-    target = {STORED: 1.2, "pythae": 8.0}
-    return Work(
-        "evaluation, head",
-        "784-200-50, K=5000, 16 images",
-        "evaluation",
-        run,
-        checks,
-        0,
-        operations,
-        target=target,
-    )
+    by_chunk = torch.compile(chunk_by_hand)
+    run["eager loop"] = lambda: by_hand_of(encoder, decoder, x, k, 50)
+    run[COMPILE] = lambda: by_hand_of(encoder, decoder, x, k, 50, by_chunk)
+    if (pythae := _pythae(model, hidden, latent)) is not None:
+        run["pythae"] = lambda: pythae(x, k)
+    operations = images * k * _products(hidden, latent)[1]
+    case, target = f"{_name(hidden, latent)}, K={k}, {images} images", {STORED: 1.2, "pythae": 8.0}
+    return Work("evaluation, head", case, "evaluation", run, checks, 0, operations, target=target)

@@ -272,6 +272,26 @@ def evaluated(encoder, decoder, x, k):
     return fastvae.evaluate(vae, x, k=k, progress=False).log_px
 
 
+def chunk_by_hand(decoder, x, mu, logvar, chunk):
+    """Return the logarithm of the sum of the weights of a number of draws, in plain PyTorch."""
+    eps = torch.randn(chunk, *mu.shape, dtype=mu.dtype, device=mu.device)
+    z = torch.addcmul(mu, torch.exp(0.5 * logvar), eps)
+    logits = decoder(z.flatten(0, 1)).unflatten(0, (chunk, -1))
+    log_ratio = 0.5 * logvar.sum(-1) + 0.5 * (eps.square() - z.square()).sum(-1)
+    return torch.logsumexp(log_ratio + eager_bernoulli(x, logits), 0)
+
+
+@torch.no_grad()
+def by_hand_of(encoder, decoder, x, k, chunk, of_chunk=chunk_by_hand):
+    """Return log p(x) by k draws, some at a time."""
+    parts = []
+    for batch in x.split(100):
+        mu, logvar = encoder(batch).chunk(2, dim=1)
+        bounds = [of_chunk(decoder, batch, mu, logvar, chunk) for _ in range(k // chunk)]
+        parts.append(torch.logsumexp(torch.stack(bounds), 0) - math.log(k))
+    return torch.cat(parts)
+
+
 def evaluation(
     k: int,
     images: int,
@@ -305,22 +325,8 @@ def evaluation(
     model.to(place.device)
     part = x[:by_hand]
 
-    @torch.no_grad()
     def loop(chunk):
-        parts = []
-        for batch in part.split(100):
-            mu, logvar = encoder(batch).chunk(2, dim=1)
-            sigma, half = torch.exp(0.5 * logvar), 0.5 * logvar.sum(-1)
-            bounds = []
-            for _ in range(k // chunk):
-                eps = torch.randn(chunk, *mu.shape, dtype=mu.dtype, device=mu.device)
-                z = torch.addcmul(mu, sigma, eps)
-                logits = decoder(z.flatten(0, 1)).unflatten(0, (chunk, -1))
-                log_px = eager_bernoulli(batch, logits)
-                log_w = half + 0.5 * (eps.square() - z.square()).sum(-1) + log_px
-                bounds.append(torch.logsumexp(log_w, 0))
-            parts.append(torch.logsumexp(torch.stack(bounds), 0) - math.log(k))
-        return torch.cat(parts)
+        return by_hand_of(encoder, decoder, part, k, chunk)
 
     def in_bfloat16(function, *arguments):
         with torch.no_grad(), torch.autocast(place.device.type, torch.bfloat16):

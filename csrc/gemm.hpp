@@ -13,6 +13,12 @@ namespace FASTVAE_ISA {
 
 constexpr i64 kPanel = 32, kDepth = 512;
 
+// GCC's first scheduling pass would gather the loads of a step and have no registers left for the sums.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("no-schedule-insns")
+#endif
+
 // c (kRows x up to 16 kVectors) = first + sum_p a(i, p) b(p, j), or adds that to c. With kByRows the elements
 // of a row of `a` are contiguous and rows are a_stride apart; otherwise the elements of a step are
 // contiguous, and steps a_stride apart. A tile of 14 x 32 stays in registers.
@@ -75,6 +81,10 @@ __attribute__((noinline)) void product_strip(i64 rows, i64 depth, const float* a
   tiles(std::integral_constant<int, 4>());
   tiles(std::integral_constant<int, 1>());
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
 // And any number of columns, strip by strip: strips are b_panel apart where b is packed, else adjacent.
 template <bool kByRows>
