@@ -24,8 +24,8 @@ from .objectives import (
     _name,
     _products,
     _pythae,
-    by_hand_of,
-    chunk_by_hand,
+    log_marginal_by_hand,
+    log_sum_by_hand,
     model_of,
 )
 
@@ -137,9 +137,9 @@ def evaluation(hidden: tuple[int, ...]) -> Work:
 
     run = {OURS: lambda: ours(fastvae.FusedHead(decoder[:-1], decoder[-1])), STORED: lambda: ours(decoder)}
     checks = {STORED: lambda: assert_near(run[STORED](), run[OURS]())}
-    by_chunk = torch.compile(chunk_by_hand)
-    run["eager loop"] = lambda: by_hand_of(encoder, decoder, x, k, 50)
-    run[COMPILE] = lambda: by_hand_of(encoder, decoder, x, k, 50, by_chunk)
+    by_chunk = torch.compile(log_sum_by_hand)
+    run["eager loop"] = lambda: log_marginal_by_hand(encoder, decoder, x, k, 50)
+    run[COMPILE] = lambda: log_marginal_by_hand(encoder, decoder, x, k, 50, by_chunk)
     if (pythae := _pythae(model, hidden, latent)) is not None:
         run["pythae"] = lambda: pythae(x, k)
     operations = images * k * _products(hidden, latent)[1]

@@ -272,8 +272,8 @@ def evaluated(encoder, decoder, x, k):
     return fastvae.evaluate(vae, x, k=k, progress=False).log_px
 
 
-def chunk_by_hand(decoder, x, mu, logvar, chunk):
-    """Return the logarithm of the sum of the weights of a number of draws, in plain PyTorch."""
+def log_sum_by_hand(decoder, x, mu, logvar, chunk):
+    """Return the logarithm of the sum of the weights of ``chunk`` draws, in plain PyTorch."""
     eps = torch.randn(chunk, *mu.shape, dtype=mu.dtype, device=mu.device)
     z = torch.addcmul(mu, torch.exp(0.5 * logvar), eps)
     logits = decoder(z.flatten(0, 1)).unflatten(0, (chunk, -1))
@@ -282,12 +282,12 @@ def chunk_by_hand(decoder, x, mu, logvar, chunk):
 
 
 @torch.no_grad()
-def by_hand_of(encoder, decoder, x, k, chunk, of_chunk=chunk_by_hand):
-    """Return log p(x) by k draws, some at a time."""
+def log_marginal_by_hand(encoder, decoder, x, k, chunk, log_sum=log_sum_by_hand):
+    """Return log p(x) by k draws, ``chunk`` at a time, in plain PyTorch."""
     parts = []
     for batch in x.split(100):
         mu, logvar = encoder(batch).chunk(2, dim=1)
-        bounds = [of_chunk(decoder, batch, mu, logvar, chunk) for _ in range(k // chunk)]
+        bounds = [log_sum(decoder, batch, mu, logvar, chunk) for _ in range(k // chunk)]
         parts.append(torch.logsumexp(torch.stack(bounds), 0) - math.log(k))
     return torch.cat(parts)
 
@@ -326,7 +326,7 @@ def evaluation(
     part = x[:by_hand]
 
     def loop(chunk):
-        return by_hand_of(encoder, decoder, part, k, chunk)
+        return log_marginal_by_hand(encoder, decoder, part, k, chunk)
 
     def in_bfloat16(function, *arguments):
         with torch.no_grad(), torch.autocast(place.device.type, torch.bfloat16):

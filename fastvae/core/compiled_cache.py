@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.compiler import config
 
 
-def renew_for_these_formulas() -> None:
+def tag_cache_keys() -> None:
     """Tag the keys of torch's cache of compiled graphs with a fingerprint of fastvae's source.
 
     A compiled graph may contain an op's formulas, while its key in the cache has the op's name only. Without

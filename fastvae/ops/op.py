@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from ..core import backend as _backend
 from ..core.backend import _choice, _default
-from ..core.compiled_cache import renew_for_these_formulas
+from ..core.compiled_cache import tag_cache_keys
 from ..core.fast_path import ON_CPU, ON_GPU, PLACES, WANTED, plain
 from ..core.torch_private import (
     BelowAutograd,
@@ -234,7 +234,7 @@ class Op:
         tensors = args[: self._tensors]
         self.contract.check_devices(tensors)
         if any([t is not None and t.is_cuda for t in tensors]):
-            renew_for_these_formulas()
+            tag_cache_keys()
         return self.fake(*args)
 
     def _checked(self, function: Callable) -> Callable:
