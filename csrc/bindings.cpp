@@ -81,6 +81,7 @@ bool implement(const std::string& op, const std::string& overload, const std::st
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastvae's CPU kernels; call them through fastvae.ops";
   m.def("isa", [] { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base"; });
+  m.def("products", [] { return isa != Isa::base && fastvae::use_tiles() ? "tiles" : "blas"; });
   m.def("threaded", [] { return fastvae::openmp().parallel != nullptr; });
   m.def("philox",
         [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint64_t seed) {

@@ -118,24 +118,24 @@ struct Layers {
   Layer<C> layer[kMostLayers];
   Scratch<C> packed;
 
-  explicit Layers(const Head& a) : packed(read(a, layer)) {
+  Layers(const Head& a, bool backward) : packed(read(a, backward, layer)) {
     C* to = packed.data;
     for (int j = 0; j < kMostLayers; ++j) {
       if (!a.has(j)) continue;
-      layer[j].pack(to, a.threads);
-      to += layer[j].packed_size();
+      layer[j].pack(backward, to, a.threads);
+      to += layer[j].packed_size(backward);
     }
   }
 
  private:
   // Returns the number of elements that packing needs.
-  static i64 read(const Head& a, Layer<C>* layers) {
+  static i64 read(const Head& a, bool backward, Layer<C>* layers) {
     i64 size = 0;
     for (int j = 0; j < kMostLayers; ++j) {
       if (!a.has(j)) continue;
       layers[j] = {pointer<const C>(a.weight[j].data), pointer<const C>(a.bias[j].data), a.weight[j].s0,
                    a.to(j), a.from(j)};
-      size += layers[j].packed_size();
+      size += layers[j].packed_size(backward);
     }
     return size;
   }
@@ -236,7 +236,7 @@ FASTVAE_LOOP void add_elements(i64 n, const C* __restrict p, C* __restrict sums)
 template <class C>
 bool head_rows(const Head& a, C* out) {
   const Blocks blocks(a, rows_per_block<C>(a), false);
-  const Layers<C> layers(a);
+  const Layers<C> layers(a, false);
   bool outside = false;
   parallel(a.threads, blocks.count(), a.h.n0 * a.columns(), [&](i64 begin, i64 end) {
     const i64 most = blocks.samples * blocks.rows;
@@ -391,7 +391,7 @@ template <class C>
 void head_rows_backward(const Head& a, const Tensor& grad, const HeadGradients& to) {
   const Blocks blocks(a, rows_per_block<C>(a), false);
   const i64 most = blocks.samples * blocks.rows;
-  const Layers<C> layers(a);
+  const Layers<C> layers(a, true);
   head_groups<C>(a, to, blocks.count(), [&](i64 begin, i64 end, HeadSums<C>& sums) {
     HeadWorker<C> work(a, layers.layer, most, most, true);
     const Scratch<C> g(most);
@@ -430,7 +430,7 @@ bool head_reduce_once(const Head& a, const BoundReduction& w, C* bound, const Re
   for (int i = 0; i <= a.hidden; ++i) width += 2 * a.width(i);
   const i64 whole = spans.samples * spans.rows, most = whole < step ? whole : step;
   const bool keep = whole * width * static_cast<i64>(sizeof(C)) * a.threads <= kKeptBytes;
-  const Layers<C> layers(a);
+  const Layers<C> layers(a, true);
   bool outside = false;
   head_groups<C>(a, gradients, spans.count(), [&](i64 begin, i64 end, HeadSums<C>& sums) {
     HeadWorker<C> work(a, layers.layer, keep ? whole : most, most, true);

@@ -4,6 +4,12 @@
 #ifdef __linux__
 #include <dlfcn.h>
 #endif
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
+#include <cstdlib>
+#include <cstring>
 
 #include "parallel.hpp"
 
@@ -53,6 +59,26 @@ void gemm(char a_is, char b_is, i64 m, i64 n, i64 k, const C* a, i64 lda, const 
   } else {
     call(blas().dgemm);
   }
+}
+
+// True if products of floats use the tiles of gemm.hpp where the instruction set has them. On AMD's
+// processors torch's BLAS leaves half of AVX-512's width unused (107 and 250 of 255 GFLOP/s per core;
+// docs/log.md); on Intel's it is their own, and the tiles were not compared. FASTVAE_PRODUCTS=tiles or blas
+// decides otherwise.
+inline bool use_tiles() {
+  static const bool use = [] {
+    if (const char* wanted = std::getenv("FASTVAE_PRODUCTS")) {
+      if (!std::strcmp(wanted, "tiles")) return true;
+      if (!std::strcmp(wanted, "blas")) return false;
+    }
+#ifdef __x86_64__
+    unsigned highest = 0, name[3] = {};
+    return !__get_cpuid(0, &highest, name, name + 2, name + 1) || std::memcmp(name, "GenuineIntel", 12) != 0;
+#else
+    return true;
+#endif
+  }();
+  return use;
 }
 
 }  // namespace fastvae

@@ -64,16 +64,22 @@ def test_instruction_sets_agree(tmp_path, isa):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-def test_the_kernels_on_an_older_processor(isa):
-    """Every op's own tests pass with another vector length, in float64 and half precision too."""
-    names = ("random", "normal_diagonal", "gaussian", "bernoulli", "logsumexp")
+OPS = ("random", "normal_diagonal", "gaussian", "bernoulli", "logsumexp")
+
+
+@pytest.mark.parametrize(
+    ("isa", "products", "names"),
+    [("base", "", OPS), ("avx2", "tiles", (*OPS, "hidden")), ("avx512", "blas", ("hidden",))],
+)
+def test_the_kernels_on_another_processor(isa, products, names):
+    """Ops pass their tests with other vectors and products, in float64 and half precision too."""
     folder = os.path.dirname(__file__)
     tests = [os.path.join(folder, f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-o", "addopts=", "-k", "(native or cpp) and not slow", *tests]
+    command += ["-o", "addopts=", "-k", "(native or cpp or hidden) and not slow", *tests]
     # Without a GPU, where "native" is Triton.
     environment = {**os.environ, "FASTVAE_ISA": isa, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["FASTVAE_PRODUCTS"] = products
     environment["FASTVAE_TEST_PROFILE"] = "few"
     root = os.path.dirname(folder)
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)

@@ -59,13 +59,15 @@ FEWEST_ROWS = 8
 # is smaller (measured: docs/log.md).
 FEWEST_NUMBERS, ROWS_PER_INPUT = 2**18, 2
 FEWEST_BY_BLAS, NUMBERS_PER_INPUT = 2**20, 2**13
-# Hidden layers in blocks; weights of wider ones do not fit a core's own cache.
+# Hidden layers in blocks; weights of wider ones do not fit a core's own cache. AVX2's smaller tiles read them
+# more often.
 FEWEST_HIDDEN_ROWS, WIDEST_HIDDEN = 128, 1024
 
-# True if the C++ has its own matrix product (AVX-512). Evaluated at import, before any compiler traces it.
+# True if the C++ uses its own matrix products. Evaluated at import, before any compiler traces it.
 HAS_TILES = False
 with contextlib.suppress(RuntimeError):  # without the extension
-    HAS_TILES = _backend.extension().isa() == "avx512"
+    HAS_TILES = _backend.extension().products() == "tiles"
+    WIDEST_HIDDEN = 1024 if _backend.extension().isa() == "avx512" else 256
 
 
 def pays(rows: int, size: int, h: Tensor, inner: int) -> bool:
