@@ -113,5 +113,13 @@ def test_the_page_has_the_numbers_of_the_files():
     for line in _rows("published-accuracy.csv"):
         cells = [line["seconds"], line["bias"].replace("-", "−"), line["rms error"], line["khat > 0.7 %"]]
         assert f"| {line['draws']} | {' | '.join(cells)} % |" in page
+    for line in _rows("published-cells.csv"):
+        theirs, q, adapted = (
+            f"{line[name].replace('-', '−')}, {line[f'{name}: seconds']} s"
+            for name in ("get_marginal_ll", "posterior", "adapted")
+        )
+        of_q, of_adapted = (f"{line[f'{name}: khat > 0.7 %']} %" for name in ("posterior", "adapted"))
+        gap = f"{line['below the truth']} ± {line['below the truth: stderr, cells']}"
+        assert f"| {theirs} | {q} | {of_q} | {adapted} | {of_adapted} | {gap} |" in page
     for line in _rows("published-imputation.csv"):
         assert f"{line['mean squared error']} ± {line['standard deviation']}" in page

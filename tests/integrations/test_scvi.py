@@ -530,3 +530,15 @@ def test_the_example_runs(capsys):
     assert found is not None and -415 < float(found[1]) < -403
     assert float(re.fullmatch(r"k-hat above 0.7, .*: (\d+\.\d)% of the cells", share)[1]) < 10
     assert float(re.search(r": (-\d+\.\d\d) nats$", theirs)[1]) < float(found[1]) - 0.5
+
+
+def test_cells_with_a_known_truth():
+    """Draws of q estimate what scvi-tools' do, adapted ones no less, and the truth is above both."""
+    from docs.experiments import cells
+
+    lines = cells.rows(300, 30, train=260, epochs=5, k=400)
+    assert [line["likelihood"] for line in lines] == list(cells.LIKELIHOODS)
+    for line in lines:
+        theirs, q, adapted = (float(line[name]) for name in ("get_marginal_ll", "posterior", "adapted"))
+        assert abs(theirs - q) < 1.0 and q - 0.2 < adapted < float(line["truth"])
+        assert float(line["below the truth"]) == pytest.approx(float(line["truth"]) - adapted, abs=0.02)
