@@ -1,8 +1,8 @@
 """``python -m docs.experiments.cells``: log p(x) of held-out cells under scvi-tools' model.
 
-For docs/published.md. The cells come from a generator whose log p(x) is a sum: the truth. Each likelihood's SCVI is trained by
-scvi-tools with the true depth as the size factor; log p(x) is estimated by scvi-tools' ``get_marginal_ll``
-and by ``fastvae.integrations.scvi.evaluate``. Needs ``pip install scvi-tools``.
+For docs/published.md. The cells come from a generator whose log p(x) is a sum: the truth. Each likelihood's
+SCVI is trained by scvi-tools with the true depth as the size factor; log p(x) is estimated by scvi-tools'
+``get_marginal_ll`` and by ``fastvae.integrations.scvi.evaluate``. Needs ``pip install scvi-tools``.
 """
 
 from __future__ import annotations
