@@ -161,6 +161,8 @@ def _agrees(x, decoder, likelihood, **options):
     q = torch.full((2, B, D), 0.3, device=DEVICE).unbind()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no fallback
+        # Of torch, which compiles its own formulas when a process first uses forward mode.
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         result = fastvae.log_marginal(
             x,
             q,
@@ -556,6 +558,8 @@ def test_hierarchies_flows_and_a_vamp_prior():
         options = {"likelihood": "bernoulli", "prior": prior}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            # Of torch, which compiles its own formulas when a process first uses forward mode.
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
             found = fastvae.log_marginal(
                 x, q, decoder, k=3000, proposal="refined", generator=_generator(1), **options
             )
