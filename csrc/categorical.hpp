@@ -48,6 +48,30 @@ FASTVAE_LOOP void class_gradients(int n, const C* __restrict g, C number, C igno
     out[i] = x[i] == ignored ? C(0) : value;
   }
 }
+// Gradients of rows of n classes, at least a vector's.
+template <class C>
+FASTVAE_LOOP void row_gradients(int rows, int n, const C* __restrict g, C ignored, const C* __restrict x,
+                                const C* __restrict a, i64 pitch, const C* __restrict normaliser,
+                                C* __restrict out, i64 out_pitch) {
+  constexpr int lanes = kLanes<C>;
+  const int whole = n / lanes * lanes;
+  for (int r = 0; r < rows; ++r, a += pitch, out += out_pitch) {
+    if (x[r] == ignored) {
+      for (int i = 0; i < n; ++i) out[i] = C(0);
+      continue;
+    }
+    const C upstream = g[r], norm = normaliser[r];
+    // NaN is not a class.
+    const int number = x[r] >= C(0) ? static_cast<int>(x[r]) : -1;
+    const auto add = [&](int first, int count) FASTVAE_INLINED {
+#pragma omp simd
+      for (int i = first; i < first + count; ++i)
+        out[i] = upstream * ((i == number ? C(1) : C(0)) - exp_(a[i] - norm));
+    };
+    add(0, whole);
+    if (whole < n) add(n - lanes, lanes);
+  }
+}
 // out = g exp(a - normaliser).
 template <class C>
 FASTVAE_LOOP void times_shares(int n, C g, C normaliser, const C* __restrict a, C* __restrict out) {
@@ -146,6 +170,23 @@ struct ClassReader {
     }
     log_of_sums(n, all.top, all.sum, normaliser);
   }
+  // Whether rows of a position's classes are read and written in place, each by few vectors.
+  bool in_rows(i64 position) const {
+    return from.in_place && a.class_stride() == 1 && a.class_step() == 1 &&
+           a.classes(position) <= 16 * kLanes<C>;
+  }
+  // Lanes are classes, of one row after the other.
+  void sum_rows(i64 row, i64 position, int n, const C* x, C* normaliser, C* picked) {
+    const int classes = static_cast<int>(a.classes(position));
+    const C* s = pointer<const C>(a.at(row, 0, position, from.size));
+    exponentials_of_rows(n, classes, s, a.logits.s0, all.top, all.sum);
+    log_of_sums(n, all.top, all.sum, normaliser);
+    nothing_picked(n, x, picked);
+    for (int i = 0; i < n; ++i, s += a.logits.s0) {
+      if (x[i] == static_cast<C>(a.ignored)) normaliser[i] = picked[i] = C(0);
+      else if (x[i] >= C(0) && x[i] < static_cast<C>(classes)) picked[i] = s[static_cast<i64>(x[i])];
+    }
+  }
   // Lanes are classes.
   void sum_classes(i64 row, i64 position, C x, C& normaliser, C& picked) {
     const i64 classes = a.classes(position), stride = a.class_stride();
@@ -213,7 +254,9 @@ bool class_tiles(const ClassRows& a, C* out, C* normaliser, int threads) {
       for (i64 p = 0; p < positions; ++p) {
         const C* x = classes_of(a, row, p, a.x.s0, x_buffer, n);
         if (row < batch) wrong |= !are_classes(n, x, static_cast<C>(a.classes(p)), ignored);
-        if (a.along_classes(p)) {
+        if (a.along_classes(p) && r.in_rows(p)) {
+          r.sum_rows(row, p, n, x, norm, picked);
+        } else if (a.along_classes(p)) {
           for (int i = 0; i < n; ++i) r.sum_classes(row + i, p, x[i], norm[i], picked[i]);
         } else {
           r.sum_lanes(row, p, a.logits.s0, n, x, norm, picked);
@@ -291,6 +334,12 @@ void class_tiles_backward(const ClassRows& a, const Tensor& grad, const C* norma
       for (i64 p = 0; p < positions; ++p) {
         const C* x = classes_of(a, row, p, a.x.s0, x_buffer, n);
         for (int i = 0; i < n; ++i) norm[i] = normaliser[(row + i) * positions + p];
+        if (a.along_classes(p) && r.in_rows(p)) {
+          const C* s = pointer<const C>(a.at(row, 0, p, r.from.size));
+          row_gradients(n, static_cast<int>(a.classes(p)), g, static_cast<C>(a.ignored), x, s, a.logits.s0, norm,
+                        pointer<C>(a.place(to, row, 0, p, r.from.size)), a.row_size());
+          continue;
+        }
         if (a.along_classes(p)) {
           for (int i = 0; i < n; ++i) class_gradient(r, row + i, p, g[i], x[i], norm[i], to);
           continue;

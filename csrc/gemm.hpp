@@ -202,12 +202,14 @@ struct Layer {
   void to_inputs(i64 n, const C* grad, bool add, C* to) const {
 #if FASTVAE_VECTOR_BYTES >= 32
     if constexpr (std::is_same<C, float>::value) {
-      for (i64 p = 0; p < columns && use_tiles(); p += kDepth) {
-        const i64 depth = columns - p < kDepth ? columns - p : kDepth;
-        product<true>(n, inner, depth, grad + p, columns, packed_back + p * kPanel, kPanel, kPanel * columns,
-                      nullptr, add || p > 0, to, inner);
+      if (use_tiles()) {
+        for (i64 p = 0; p < columns; p += kDepth) {
+          const i64 depth = columns - p < kDepth ? columns - p : kDepth;
+          product<true>(n, inner, depth, grad + p, columns, packed_back + p * kPanel, kPanel,
+                        kPanel * columns, nullptr, add || p > 0, to, inner);
+        }
+        return;
       }
-      if (use_tiles()) return;
     }
 #endif
     gemm('N', 'N', inner, n, columns, weight, stride, grad, columns, add ? C(1) : C(0), to, inner);
@@ -216,13 +218,15 @@ struct Layer {
   void to_weight(i64 n, const C* h, const C* grad, bool add, C* to) const {
 #if FASTVAE_VECTOR_BYTES >= 32
     if constexpr (std::is_same<C, float>::value) {
-      // A few outputs at a time: their gradients stay in the first-level cache.
-      constexpr i64 kOutputs = kTallest * (kTallest > 8 ? 4 : 8);
-      for (i64 i = 0; i < columns && use_tiles(); i += kOutputs) {
-        const i64 rows = columns - i < kOutputs ? columns - i : kOutputs;
-        product<false>(rows, inner, n, grad + i, columns, h, inner, 0, nullptr, add, to + i * inner, inner);
+      if (use_tiles()) {
+        // A few outputs at a time: their gradients stay in the first-level cache.
+        constexpr i64 kOutputs = kTallest * (kTallest > 8 ? 4 : 8);
+        for (i64 i = 0; i < columns; i += kOutputs) {
+          const i64 rows = columns - i < kOutputs ? columns - i : kOutputs;
+          product<false>(rows, inner, n, grad + i, columns, h, inner, 0, nullptr, add, to + i * inner, inner);
+        }
+        return;
       }
-      if (use_tiles()) return;
     }
 #endif
     gemm('N', 'T', inner, columns, n, h, inner, grad, columns, add ? C(1) : C(0), to, inner);

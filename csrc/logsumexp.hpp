@@ -44,6 +44,32 @@ struct LogSum {
   double value() const { return static_cast<double>(top) + __builtin_log(sum); }
 };
 
+// Maximum and sum of exponentials of rows of n numbers, at least a vector's, of which no lane sums more than 16.
+template <class C>
+FASTVAE_LOOP void exponentials_of_rows(int rows, int n, const C* __restrict s, i64 pitch, C* __restrict top,
+                                       C* __restrict sum) {
+  constexpr int lanes = kLanes<C>;
+  const int whole = n / lanes * lanes, rest = n - whole;
+  for (int r = 0; r < rows; ++r, s += pitch) {
+    // Ends with the row: its first lanes were seen before.
+    const C* last = s + n - lanes;
+    C most = -infinity(C(0)), total = 0;
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < whole; ++i) most = s[i] > most ? s[i] : most;
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < lanes; ++i) most = last[i] > most ? last[i] : most;
+    const C shift = shift_of(most);
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < whole; ++i) total += exp_(s[i] - shift);
+    if (rest > 0) {
+#pragma omp simd reduction(+ : total)
+      for (int i = 0; i < lanes; ++i) total += i < lanes - rest ? C(0) : exp_(last[i] - shift);
+    }
+    top[r] = most;
+    sum[r] = total;
+  }
+}
+
 // The running maximum and the sum of exp(s - maximum).
 template <class C>
 struct RunningSums {

@@ -347,8 +347,7 @@ class VAE(nn.Module):
 
     def evaluated_parts(self) -> tuple[Any, Any, Likelihood, Any]:
         """Return encoder, decoder, likelihood and prior as :func:`fastvae.evaluate` calls them."""
-        on_cpu = all([p.is_cpu for p in self.parameters()])
-        fuses = self.fuse and on_cpu and may_end_in_a_layer(self.decoder)
+        fuses = self.fuse and may_end_in_a_layer(self.decoder)
         decoder = functools.partial(run_to_last_layer, self.decoder) if fuses else self.decoder
         return self.posterior, decoder, self.likelihood, self.prior
 
@@ -663,8 +662,8 @@ class VAE(nn.Module):
         if options.get("terms"):  # which return the decoder's output
             return self.decoder
         # An exported program must serve any batch size, so the choice cannot depend on it.
-        may_pay = self.fuse and isinstance(x, Tensor) and x.is_cpu and isinstance(samples, int)
-        may_pay = may_pay and not torch.compiler.is_exporting()
+        may_pay = self.fuse and isinstance(x, Tensor) and isinstance(samples, int)
+        may_pay = may_pay and (x.is_cpu or not torch.is_grad_enabled()) and not torch.compiler.is_exporting()
         if may_pay and samples * x.numel() >= FEWEST_NUMBERS and may_end_in_a_layer(self.decoder):
             return functools.partial(run_to_last_layer, self.decoder)
         return self.decoder

@@ -61,6 +61,33 @@ def parameter_tile(
     return b_a
 
 
+@triton.jit
+def value_of_tile(
+    b_x, b_0, b_1, b_2, OUTPUTS: tl.constexpr,
+    VALUE: tl.constexpr, DATA: tl.constexpr, SHARED_LOG: tl.constexpr,
+):  # fmt: skip
+    """Return the terms of a tile of log p(x|z) / FACTOR, and the odds whose log1p is a part of them.
+
+    Without SHARED_LOG the odds are the terms again, to be ignored. b_1 and b_2 are ignored beyond OUTPUTS.
+    """
+    b_data = b_x
+    if DATA is not None:
+        b_data_value, b_data = DATA(b_x)
+    if OUTPUTS == 1:
+        b_value = VALUE(b_x, b_data, b_0)
+    elif OUTPUTS == 2:
+        b_value = VALUE(b_x, b_data, b_0, b_1)
+    else:
+        b_value = VALUE(b_x, b_data, b_0, b_1, b_2)
+    if SHARED_LOG:
+        b_value, b_odds = b_value
+    if DATA is not None:
+        b_value += b_data_value
+    if not SHARED_LOG:
+        b_odds = b_value
+    return b_value, b_odds
+
+
 @triton.jit(do_not_specialize=["N", "B", "x_tiles"])
 def linear_log_prob_kernel(
     p_x,  # [B, X] data, of any type
@@ -120,6 +147,7 @@ def linear_log_prob_kernel(
             p_h, p_w0, p_b0, None, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_0_x, stride_0_h, 0,
             0, DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
         )  # fmt: skip
+        b_1, b_2 = b_0, b_0
         if (p_w1 is not None) or (p_p1 is not None):
             b_1 = parameter_tile(
                 p_h, p_w1, p_b1, p_p1, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_1_x, stride_1_h,
@@ -130,20 +158,12 @@ def linear_log_prob_kernel(
                 p_h, p_w2, p_b2, p_p2, o_n, o_x, m_n, m_x, H, stride_h_n, stride_h_h, stride_2_x, stride_2_h,
                 stride_p2, VARIES_2, DOT, DTYPE, PRECISION, BLOCK_N, BLOCK_X, BLOCK_H,
             )  # fmt: skip
-        b_data = b_x
-        if DATA is not None:
-            b_data_value, b_data = DATA(b_x)
-        if (p_w1 is None) and (p_p1 is None):
-            b_value = VALUE(b_x, b_data, b_0)
-        elif (p_w2 is None) and (p_p2 is None):
-            b_value = VALUE(b_x, b_data, b_0, b_1)
-        else:
-            b_value = VALUE(b_x, b_data, b_0, b_1, b_2)
+        OUTPUTS: tl.constexpr = (
+            1 + ((p_w1 is not None) or (p_p1 is not None)) + ((p_w2 is not None) or (p_p2 is not None))
+        )
+        b_value, b_odds = value_of_tile(b_x, b_0, b_1, b_2, OUTPUTS, VALUE, DATA, SHARED_LOG)
         if SHARED_LOG:
-            b_value, b_odds = b_value
             b_value += log1p(b_odds)
-        if DATA is not None:
-            b_value += b_data_value
         b_sum += tl.sum(tl.where(mask, b_value, 0.0), axis=1)
     tl.store(p_out + tl.program_id(1).to(tl.int64) * N + o_n, FACTOR * b_sum, mask=m_n)
 

@@ -79,7 +79,12 @@ def test_categorical(backend, case):
 
 
 @pytest.mark.parametrize(
-    "shape", [(70, 1, 3000), (9, 2, 1500), (4000, 1, 3), (1500, 3, 5), (2, 1500, 3), (3, 700, 40)],
+    "shape",
+    [
+        *[(70, 1, 3000), (9, 2, 1500), (4000, 1, 3), (1500, 3, 5), (2, 1500, 3), (3, 700, 40)],
+        # Vectors of classes, whole and not.
+        *[(300, 1, 16), (200, 1, 17), (1100, 1, 31), (70, 2, 100), (70, 1, 256), (40, 3, 257)],
+    ],
     ids=lambda s: "x".join(map(str, s)),
 )  # fmt: skip
 @pytest.mark.parametrize("axis", [1, -1])
@@ -100,6 +105,24 @@ def test_sizes_beyond_a_tile(backend, shape, axis):
     (grad,) = torch.autograd.grad((got * weight).sum(), logits)
     (wanted,) = torch.autograd.grad((each.sum(1) * weight.double()).sum(), wide)
     assert_near(grad.movedim(axis, 1), wanted, torch.float32, 12.0, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("c", [5, 16, 20, 130, 300])
+def test_values_that_are_not_finite(backend, c, dtype):
+    """NaN reaches its row's results alone; a class of -inf has probability 0."""
+    logits = randn(6, c, seed=1).to(dtype)
+    logits[1, c - 1], logits[2, 0], logits[3, 1:] = math.nan, -math.inf, -math.inf
+    x = torch.tensor([0.0, 0.0, 0.0, 0.0, math.nan, c - 1], device=DEVICE, dtype=dtype)
+    logits.requires_grad_()
+    got = ops.categorical_log_prob(x, logits)
+    (grad,) = torch.autograd.grad(got.nansum(), logits)
+    value = got.detach().cpu()
+    assert value.isnan().tolist() == [False, True, False, False, True, False]
+    assert float(value[2]) == -math.inf and float(value[3]) == 0
+    expected = torch.log_softmax(logits.detach().double().cpu(), 1)
+    assert_near(value[[0, 5]], expected[[0, 5], [0, c - 1]], dtype, 1 + c, "value")
+    assert grad[[0, 3, 5]].isfinite().all()
 
 
 @pytest.mark.parametrize("options", [{}, {"k": 3}, {"k": 5, "k_chunk": 2}], ids=str)

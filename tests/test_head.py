@@ -181,8 +181,20 @@ def compare(case, outputs, grads, expected, expected_grads):
         assert_accurate(f"gradient of {name}", got, None, expected_grads[name])
 
 
+@pytest.fixture
+def any_samples(backend, monkeypatch):
+    """Let Triton's kernel of whole decoders take any number of samples.
+
+    Only in its interpreter, which computes half precision in float32; tests/test_cuda.py has a GPU's bounds.
+    """
+    if backend == "triton" and not CUDA:
+        from fastvae.kernels import chain
+
+        monkeypatch.setattr(chain, "FEWEST_SAMPLES", 1)
+
+
 @given(case=layers())
-def test_log_prob(backend, case):
+def test_log_prob(backend, any_samples, case):
     leaves = leaves_of(case)
     x, k = case["x"], case["samples"]
     grad = randn(k, len(x), seed=case["seed"]).to(case["dtype"])

@@ -135,7 +135,12 @@ SUMS = {
     *("p_out", "p_grad", "p_bound", "p_maximum", "p_total", "p_log_q", "p_grad_log_q"),
 }
 # Products' tiles: loaded into registers via shared memory.
-PRODUCTS = ("linear_log_prob_kernel", "rsample_tril_kernel", "rsample_tril_backward_kernel")
+PRODUCTS = (
+    "linear_log_prob_kernel",
+    "chain_log_prob_kernel",
+    "rsample_tril_kernel",
+    "rsample_tril_backward_kernel",
+)
 FEW_ROWS = "[50, 4, 32]"
 # Likelihoods with gamma functions, or with four exponentials.
 HEAVY = ("negative_binomial", "beta_log_prob", "beta_bound", "discretized_logistic")

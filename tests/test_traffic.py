@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvae.core.deferred import HiddenLayer
 from fastvae.kernels import (
     aggregate,
     categorical,
+    chain,
     common,
     head,
     likelihood,
@@ -370,6 +372,29 @@ def test_the_output_of_a_fused_layer_is_not_stored(enough, dtype):
     assert launch.loaded("p_x") == n * size * 4
     stored = sum(o.size for o in launch.stores["p_out"])
     assert stored % n == 0 and stored <= n * outputs
+
+
+@pytest.mark.parametrize("widths", [(40,), (40, 24), (40, 24, 70)])
+def test_the_values_of_hidden_layers_are_not_in_memory(widths):
+    """A program reads the weights, and for its samples z; an example's samples share x."""
+    k, b, latents, size = 100, 3, 7, 150
+    x, z = torch.rand(b, size), torch.randn(k * b, latents)
+    pairs = zip((latents, *widths), widths, strict=False)
+    hidden = tuple(HiddenLayer(torch.randn(w, v), torch.randn(w), "tanh") for v, w in pairs)
+    last = torch.randn(size, widths[-1])
+    layers = SimpleNamespace(weights=(last,), biases=(torch.randn(size),), constants=(), hidden=hidden)
+    (launch,) = run(lambda: chain.chain_log_prob(BERNOULLI, x, z, layers))
+    programs = launch.grid[0]
+    assert programs == 2 * b  # tiles of 64 samples
+    assert set(launch.stores) == {"p_out"}
+    assert set(launch.counts(launch.stores, "p_out").tolist()) == {1}
+    assert launch.loaded("p_w0") == last.numel() * 4 * programs
+    assert launch.loaded("p_x") == size * 4 * programs
+    if len(widths) == 2:
+        assert set(launch.counts(launch.loads, "p_h").tolist()) == {1}
+    for i, layer in enumerate(hidden):
+        # The first of two layers is computed in columns, for which the second one's are read once.
+        assert launch.loaded(f"p_u{i}") == layer.weight.numel() * 4 * programs
 
 
 def test_long_rows_are_split():

@@ -429,6 +429,49 @@ def head_launches(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callab
                         lambda d=declared, x=x, h=h, g=layers: head.linear_log_prob(d, x, h, g),
                     )
 
+    yield from _chains()
+
+
+def in_tf32(run: Callable[[], object]) -> object:
+    """Run with TF32 allowed in products of float32, which an AMD GPU lacks."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return run()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _chains() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield evaluations of whole decoders of one to three hidden layers."""
+    from fastvae.core.deferred import HiddenLayer
+    from fastvae.kernels import chain
+    from fastvae.likelihoods.declared import DECLARED
+
+    k, b, latents, size = 200, 100, 50, 784
+    cases = [(widths, "tanh") for widths in ((200,), (200, 200), (128, 256, 200))]
+    cases += [((200, 200), "relu"), ((200, 200), "gelu")]
+    for dtype in (torch.float32, torch.bfloat16):
+        x, z = tensor(b, size), tensor(k * b, latents, dtype=dtype)
+        for widths, activation in cases:
+            pairs = zip((latents, *widths), widths, strict=False)
+            hidden = [
+                HiddenLayer(tensor(w, v, dtype=dtype), tensor(w, dtype=dtype), activation) for v, w in pairs
+            ]
+            for name in ("bernoulli", "gaussian"):
+                declared = DECLARED[name]
+                count = len(declared.outputs)
+                layers = SimpleNamespace(
+                    weights=(tensor(size, widths[-1], dtype=dtype),) * count,
+                    biases=(tensor(size, dtype=dtype),) * count,
+                    constants=(),
+                    hidden=hidden,
+                )
+                sizes = "-".join(map(str, (latents, *widths, size)))
+                label = f"chain {name} {str(dtype)[6:]} [{k * b}, {sizes}] {activation}"
+                run = functools.partial(chain.chain_log_prob, declared, x, z, layers)
+                yield label, functools.partial(in_tf32, run)
+
 
 # Common sizes, many not powers of two: latents of a pair (mu, logvar) chunked from one tensor, whose second
 # half begins 8 bytes off for D = 50; events of 8 features to 2000 genes.

@@ -65,6 +65,7 @@ class LastLayer(NamedTuple):
             None: the shape of an example of x, or one flat output per layer if x is not known.
         versions: in-place version of each tensor at the time of the call.
         hidden: deferred layers before these, in their order.
+        requested: True if the user requested it, to save memory; False where it is deferred to be faster.
     """
 
     input: Tensor
@@ -73,6 +74,7 @@ class LastLayer(NamedTuple):
     event: tuple[int, ...] | None
     versions: tuple[int, ...]
     hidden: tuple[HiddenLayer, ...] = ()
+    requested: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -88,8 +90,9 @@ def deferred_layer(
     biases: tuple[Tensor | None, ...],
     event: tuple[int, ...] | None,
     hidden: tuple[HiddenLayer, ...] = (),
+    requested: bool = False,
 ) -> LastLayer:
-    layer = LastLayer(h, weights, biases, event, (), hidden)
+    layer = LastLayer(h, weights, biases, event, (), hidden, requested)
     return layer._replace(versions=tuple([_version(t) for t in layer.tensors]))
 
 

@@ -48,7 +48,8 @@ def run_to_last_layer(decoder: nn.Module, *args: Any) -> Any:
         hidden = _deferrable(value, rest, weights, biases)
         if not hidden:
             value, rest = _run(rest, value), ()
-        if hidden or _are_products_alone(value, (), weights, biases):
+        # On a GPU the last layer alone is not faster.
+        if hidden or (_are_products_alone(value, (), weights, biases) and value.is_cpu):
             return deferred_layer(value, weights, biases, tuple(layer.weight.shape[:1]), hidden)
     return layer(_run(rest, value))
 
@@ -314,14 +315,14 @@ class FusedHead(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
             weights = tuple([keep(layer.weight).to(dtype) for layer in layers])
             biases = tuple([None if layer.bias is None else keep(layer.bias).to(dtype) for layer in layers])
-            return deferred_layer(keep(h).to(dtype), weights, biases, self.event)
+            return deferred_layer(keep(h).to(dtype), weights, biases, self.event, requested=True)
         for t in (t for layer in layers for t in (layer.weight, layer.bias) if t is not None):
             if t.dtype != h.dtype:
                 raise TypeError(f"h has dtype {h.dtype} and a last layer {t.dtype}; cast one of them")
         weights = tuple([keep(layer.weight) for layer in layers])
         biases = tuple([None if layer.bias is None else keep(layer.bias) for layer in layers])
         hidden = tuple([HiddenLayer(keep(w), None if b is None else keep(b), a) for w, b, a in hidden])
-        return deferred_layer(keep(h), weights, biases, self.event, hidden)
+        return deferred_layer(keep(h), weights, biases, self.event, hidden, requested=True)
 
     def extra_repr(self) -> str:
         return "" if self.event is None else f"event={self.event}"

@@ -14,7 +14,7 @@ from ..core.checks import check_data, check_same_device, check_tensor, on_same_d
 from ..core.deferred import LastLayer, check_unchanged
 from ..core.fast_path import are_outputs
 from ..core.nested import Conditioning, repeat
-from ..ops.head import Layers, linear_rows, pays
+from ..ops.head import Layers, in_one_kernel, linear_rows, pays
 from ..ops.likelihood import check_support, flat_mask
 from ..ops.op import accumulator
 from .base import NAMED, Fused, Likelihood
@@ -280,7 +280,9 @@ class Declared(Likelihood):
                 bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
         own = [None if row is None else row.reshape(-1) for row in rows]
         first, second = [*own, None, None][:2]
-        return Layers(h, weight, bias, first, second, layer.hidden)
+        layers = Layers(h, weight, bias, first, second, layer.hidden)
+        pays_there = layer.requested or h.is_cpu or in_one_kernel(self.name, _flat(x), layers)
+        return layers if pays_there else None
 
     @property
     def expected_names(self) -> tuple[str, ...]:

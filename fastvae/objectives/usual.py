@@ -81,7 +81,8 @@ def usual_bound(
     if (known.reads or known.counts) and is_new(decoder):
         look(decoder, known, x, output, output)
     if x.dim() > 2:
-        x, parameters = x.reshape(len(x), -1), tuple([_rows(p) for p in parameters])
+        # The likelihood's own numbers and rows stay as they are.
+        x, parameters = x.flatten(1), tuple([p if p.dim() < 2 else p.flatten(1) for p in parameters])
     return direct_reduce(known.name, x, parameters, term, how)
 
 
@@ -122,11 +123,6 @@ def _parameters(known: Declared, x: Tensor, k: int, output: Any) -> tuple[Tensor
     wide = accumulator(returned[0].dtype)
     own = [_number(p, wide, gpu) if type(p) is float else of_the_event(p, returned[0], x) for p in given]
     return known._arranged(returned, own) if all([is_usual(p, gpu) for p in own]) else None
-
-
-def _rows(parameter: Tensor) -> Tensor:
-    """Return an output as rows [K·B, X]; a likelihood's own number or row as it is."""
-    return parameter if parameter.dim() < 2 else parameter.reshape(len(parameter), -1)
 
 
 def _number(value: float, dtype: torch.dtype, gpu: torch.device | None) -> Tensor:

@@ -62,6 +62,8 @@ FEWEST_BY_BLAS, NUMBERS_PER_INPUT = 2**20, 2**13
 # Hidden layers in blocks; weights of wider ones do not fit a core's own cache. AVX2's smaller tiles read them
 # more often.
 FEWEST_HIDDEN_ROWS, WIDEST_HIDDEN = 128, 1024
+# On a GPU: rows of programs that occupy it.
+FEWEST_CHAIN_ROWS = 2**14
 
 # True if the C++ uses its own matrix products. Evaluated at import, before any compiler traces it.
 HAS_TILES = False
@@ -88,13 +90,27 @@ def pays(rows: int, size: int, h: Tensor, inner: int) -> bool:
 
 def hidden_may_pay(h: Tensor) -> bool:
     """Return True if :func:`hidden_pay` may be True for some widths."""
+    if h.is_cuda:
+        # The kernel of whole decoders has no gradients.
+        few = len(h) < FEWEST_CHAIN_ROWS or torch.is_grad_enabled()
+        return not few and _backend.on_gpu(h.device) == "triton"
     return HAS_TILES and h.dtype == torch.float32 and h.device.type == "cpu" and len(h) >= FEWEST_HIDDEN_ROWS
 
 
 def hidden_pay(h: Tensor, widths: Sequence[int]) -> bool:
     """Return True if hidden layers of these widths, with input h, are faster in the blocks."""
+    if h.is_cuda:
+        return hidden_may_pay(h) and bool(_backend.layer("triton", "chain").fits(h, widths))
     most = max(widths)
     return hidden_may_pay(h) and len(h) >= ROWS_PER_INPUT * most and most <= WIDEST_HIDDEN
+
+
+def in_one_kernel(likelihood: str, x: Tensor, layers: Layers) -> bool:
+    """Return True if a GPU computes log p(x|z) of x [B, X] from these layers in one kernel."""
+    if not layers.hidden or not hidden_may_pay(layers.h):
+        return False
+    given = _Layers(x, layers.weight, *layers.tensors[2:], activations=layers.activations)
+    return bool(_backend.layer("triton", "chain").takes(DECLARED[likelihood], x, layers.h, given))
 
 
 class _Layers:
@@ -250,11 +266,14 @@ class _LinearLogProb(Op):
     def composed(self, backend):
         function = _backend.layer(backend, "head").linear_log_prob
         plain = _backend.layer("reference", "hidden")
+        chain = _backend.layer(backend, "chain") if backend == "triton" else None
 
         def log_prob(*args):
             x, h, *rest, likelihood, activations = args
             layers = _Layers(x, *rest, activations=activations)
             if layers.hidden:
+                if chain and chain.takes(DECLARED[likelihood], x, h, layers):
+                    return chain.chain_log_prob(DECLARED[likelihood], x, h, layers)
                 h = plain.forward(*layers.wide(h))
             return function(DECLARED[likelihood], x, h, layers)
 

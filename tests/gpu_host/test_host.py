@@ -351,6 +351,69 @@ def test_the_last_layer_is_fused_on_request_alone():
     assert launched(fastvae.FusedHead(nn.Identity(), layer))
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"precision": "highest"}, False),
+        ({"precision": "highest", "dtype": torch.bfloat16}, True),
+        ({"dtype": torch.float16}, True),
+        ({"dtype": torch.float64}, False),
+        ({"k": 20}, False),
+        ({"widths": (300,)}, False),
+        ({"widths": ()}, False),
+        ({"likelihood": "negative_binomial"}, False),
+        ({"gradients": True}, False),
+        ({"mask": True}, False),
+        ({"hook": True}, False),
+        ({"request": True}, True),
+        ({"fuse": False}, False),
+    ],
+)
+def test_an_evaluation_takes_the_whole_decoder(change, expected, monkeypatch):
+    """One kernel for its layers, where matrix units are allowed and gradients are not needed."""
+    given = {
+        "precision": "high",
+        "dtype": torch.float32,
+        "k": 40,
+        "widths": (20, 30),
+        "likelihood": "bernoulli",
+    }
+    given |= {"gradients": False, "mask": False, "hook": False, "request": False, "fuse": True} | change
+    monkeypatch.setattr(fastvae.ops.head, "FEWEST_CHAIN_ROWS", 0)
+    monkeypatch.setattr(fastvae.vae, "FEWEST_NUMBERS", 0)
+    sizes = (D, *given["widths"])
+    count = 2 if given["likelihood"] == "negative_binomial" else 1
+    layers = [m for v, w in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(v, w), nn.Tanh())]
+    last = nn.Linear(sizes[-1], count * X)
+    if given["hook"]:
+        last.register_forward_hook(lambda module, inputs, output: None)
+    split = [] if count == 1 else [Halves()]
+    decoder = nn.Sequential(*layers, last, *split)
+    if given["request"]:
+        decoder = fastvae.FusedHead(nn.Sequential(*layers), last)
+    decoder.to("cuda", given["dtype"])
+    encoder = nn.Linear(X, 2 * D, device="cuda", dtype=given["dtype"])
+    x = torch.zeros(B, X, device="cuda", dtype=given["dtype"])
+    options = {"mask": torch.ones(B, X, dtype=torch.bool, device="cuda")} if given["mask"] else {}
+    vae = fastvae.VAE(encoder, decoder, likelihood=given["likelihood"], fuse=given["fuse"])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(given["precision"])
+    try:
+        with torch.set_grad_enabled(given["gradients"]), control.launches() as found:
+            vae.iwae(x, k=given["k"], **options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert ("chain_log_prob_kernel" in _kernels(found)) == expected
+
+
+class Halves(nn.Module):
+    """Split of an output into two."""
+
+    def forward(self, output):
+        return output.chunk(2, 1)
+
+
 @pytest.mark.parametrize("objective", ["elbo", "iwae"])
 def test_a_fused_last_layer_makes_three_products(objective):
     """Its output, and the gradients of its input and weight: all in the forward pass, none again."""

@@ -9,7 +9,8 @@ import torch
 
 import fastvae
 from fastvae import ops
-from fastvae.ops.head import Layers, reduce_linear
+from fastvae.core.deferred import HiddenLayer
+from fastvae.ops.head import Layers, linear_rows, reduce_linear
 from fastvae.ops.reduce import BoundReduction, reduce
 from tests import cases
 
@@ -136,6 +137,30 @@ def test_the_last_layer_fused(card, name):
     assert_same("linear_log_prob", rows, [*inputs, *constants])
     inputs[4].requires_grad_()
     assert_same("reduce_linear", bound, [*inputs, *constants])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("name", ["bernoulli", "gaussian", "student_t"])
+def test_whole_decoders(card, name, depth, monkeypatch):
+    """The kernel's program with products in float32: the emulator has no matrix units."""
+    from fastvae.kernels import chain
+
+    monkeypatch.setattr(chain, "fits", lambda h, widths: True)
+    monkeypatch.setattr(chain, "FEWEST_SAMPLES", 1)
+    widths, activations = (17, 6, 20)[:depth], ("tanh", "gelu", "elu:0.7")
+    count = len(cases.DECLARED[name].outputs)
+    z, weight, bias = draw(K * B, D, seed=3), draw(count * X, widths[-1], seed=4), draw(count * X, seed=5)
+    hidden = [
+        (draw(w, v, seed=v, scale=v**-0.5), draw(w, seed=w))
+        for v, w in zip((D, *widths), widths, strict=False)
+    ]
+
+    def rows(x, z, weight, bias, *tensors):
+        layers = [HiddenLayer(*tensors[2 * i : 2 * i + 2], activations[i]) for i in range(depth)]
+        return linear_rows(name, x, Layers(z, weight, bias, hidden=tuple(layers)))
+
+    assert_same("whole decoder", rows, [_data(name), z, weight, bias, *(t for pair in hidden for t in pair)])
+    assert "chain_log_prob_kernel" in _names(card)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
