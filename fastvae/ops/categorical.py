@@ -212,7 +212,7 @@ def _is_column(x: Any, logits: Any) -> bool:
         and x.layout is torch.strided
         and x.dim() == 1
         and logits.dim() == 2
-        and len(x) == len(logits)
+        and x.shape[0] == logits.shape[0]
         and not is_functorch_wrapped(x)
     )
 
