@@ -40,7 +40,7 @@ SUBCOMMANDS = {
     "head_memory": "docs/head.csv: memory and time over K, with the decoder's last layer fused",
     "frontend": "overhead of an objective, with a decoder that costs nothing",
     "single_cell": "scvi-tools' model of counts against the same networks in fastvae",
-    "users": "whole training steps of models shaped like public codes",
+    "users": "training steps and an evaluation shaped like public codes",
     "picture": "docs/front.csv: the time of a call, and memory over K",
 }
 

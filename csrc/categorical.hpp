@@ -183,8 +183,10 @@ struct ClassReader {
     log_of_sums(n, all.top, all.sum, normaliser);
     nothing_picked(n, x, picked);
     for (int i = 0; i < n; ++i, s += a.logits.s0) {
-      if (x[i] == static_cast<C>(a.ignored)) normaliser[i] = picked[i] = C(0);
-      else if (x[i] >= C(0) && x[i] < static_cast<C>(classes)) picked[i] = s[static_cast<i64>(x[i])];
+      if (x[i] == static_cast<C>(a.ignored))
+        normaliser[i] = picked[i] = C(0);
+      else if (x[i] >= C(0) && x[i] < static_cast<C>(classes))
+        picked[i] = s[static_cast<i64>(x[i])];
     }
   }
   // Lanes are classes.
@@ -336,8 +338,8 @@ void class_tiles_backward(const ClassRows& a, const Tensor& grad, const C* norma
         for (int i = 0; i < n; ++i) norm[i] = normaliser[(row + i) * positions + p];
         if (a.along_classes(p) && r.in_rows(p)) {
           const C* s = pointer<const C>(a.at(row, 0, p, r.from.size));
-          row_gradients(n, static_cast<int>(a.classes(p)), g, static_cast<C>(a.ignored), x, s, a.logits.s0, norm,
-                        pointer<C>(a.place(to, row, 0, p, r.from.size)), a.row_size());
+          row_gradients(n, static_cast<int>(a.classes(p)), g, static_cast<C>(a.ignored), x, s, a.logits.s0,
+                        norm, pointer<C>(a.place(to, row, 0, p, r.from.size)), a.row_size());
           continue;
         }
         if (a.along_classes(p)) {

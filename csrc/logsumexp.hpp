@@ -44,7 +44,8 @@ struct LogSum {
   double value() const { return static_cast<double>(top) + __builtin_log(sum); }
 };
 
-// Maximum and sum of exponentials of rows of n numbers, at least a vector's, of which no lane sums more than 16.
+// Maximum and sum of exponentials of rows of n numbers, at least a vector's, of which no lane sums more
+// than 16.
 template <class C>
 FASTVAE_LOOP void exponentials_of_rows(int rows, int n, const C* __restrict s, i64 pitch, C* __restrict top,
                                        C* __restrict sum) {

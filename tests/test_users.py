@@ -42,6 +42,8 @@ def test_both_losses_are_the_same_function(case, float64):
     theirs, ours = losses(case, model, batch, 5)
     tolerance = OWN_EPSILON.get(case.name, ROUNDING)
     assert float((theirs - ours).detach().abs()) <= tolerance * (1 + abs(float(theirs.detach())))
+    if not case.trains:
+        return
     parameters = [p for p in model.parameters() if p.requires_grad]
     for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (theirs, ours)), strict=True):
         assert float((a - b).norm()) <= 100 * tolerance * (1e-3 + float(a.norm()))
@@ -58,7 +60,7 @@ def test_every_case_is_measured(case):
     assert all(len(result.seconds) and result.peak_bytes for result in results.values())
 
 
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.trains], ids=lambda case: case.name)
 def test_a_step_trains_every_parameter(case):
     model, batch = _tiny(case)
     model.train()

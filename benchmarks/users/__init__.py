@@ -1,4 +1,4 @@
-"""``python -m benchmarks users``: whole training steps of models shaped like public codes.
+"""``python -m benchmarks users``: training steps and an evaluation shaped like public codes.
 
 zero_grad, forward, loss, backward and Adam: as the codes' authors write them, in eager PyTorch and under
 torch.compile, and with fastvae. A step is not timed if its loss or a gradient differs from eager PyTorch's
@@ -24,6 +24,7 @@ from .case import GROUP, Case, works
 CASES: list[Case] = [
     *(images.BCE, images.CONV, images.IWAE, images.MISSING, counts.MULT, counts.REC, tables.TVAE),
     *(counts.CELLS, counts.TEXT, images.TC, images.M2, images.VAMP, *tables.SMALL, sequences.VRNN_CASE),
+    images.EVALUATION,
 ]
 HEADINGS = ("training step", "fastvae", "eager / fastvae", "torch.compile / fastvae", "MiB, fastvae / eager")
 

@@ -1,8 +1,9 @@
-"""A training step of a model shaped like a public code, written twice: in plain PyTorch and with fastvae."""
+"""A step or evaluation shaped like a public code, written twice: in plain PyTorch and with fastvae."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class Case:
-    """Model, data and the two losses of a training step.
+    """Model, data and the two losses of a training step, or of an evaluation.
 
     Attributes:
         name: row of the table.
@@ -35,6 +36,7 @@ class Case:
             draws standard normals, [B, D] or [K, B, D].
         ours: ``ours(model, batch)`` is the loss by fastvae.
         constant: ``constant(batch)`` is fastvae's loss less the authors', who leave constants out.
+        trains: False for an evaluation, which has no gradients.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Case:
     eager: Callable[[Any, Any, Noise], Tensor]
     ours: Callable[[Any, Any], Tensor]
     constant: Callable[[Any], float] = field(default=lambda batch: 0.0)
+    trains: bool = True
 
 
 def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -87,6 +90,8 @@ def check(case: Case, model: nn.Module, batch: Any) -> None:
     theirs, ours = losses(case, model, batch, 3)
     value, expected = float(ours.detach()), float(theirs.detach())
     assert abs(value - expected) <= 1e-4 * (1 + abs(expected)), f"the loss is {value}, eager {expected}"
+    if not case.trains:
+        return
     parameters = [p for p in model.parameters() if p.requires_grad]
     for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (theirs, ours)), strict=True):
         apart, size = float((a - b).norm()), float(a.norm())
@@ -119,6 +124,7 @@ def works(cases: list[Case], tiny: bool = False, compiled: bool = True) -> Itera
         run = {}
         for name, function in functions.items():
             own = copy.deepcopy(model)
-            run[name] = step_of(own, lambda f=function, m=own, b=batch: f(m, b))
+            call = functools.partial(function, own, batch)
+            run[name] = step_of(own, call) if case.trains else torch.no_grad()(call)
         checks = {OURS: lambda case=case, m=model, b=batch: check(case, m, b)}
-        yield Work(GROUP, case.name, "step", run, checks)
+        yield Work(GROUP, case.name, "step" if case.trains else "evaluation", run, checks)

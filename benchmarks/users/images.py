@@ -146,6 +146,34 @@ IWAE = Case(
 )  # fmt: skip
 
 
+def _build_evaluation(batch: int, pixels: int, hidden: int, latent: int) -> tuple[nn.Module, Tensor]:
+    model, x = _build_iwae(batch, pixels, hidden, latent)
+    return fastvae.VAE(model["encoder"], model["decoder"], likelihood="bernoulli"), x
+
+
+def _eager_evaluation(model: Any, x: Tensor, noise: Noise, k: int = 1000, chunk: int = 100) -> Tensor:
+    mu, logvar = model.encoder(x)
+    found = []
+    for eps in noise(k, *mu.shape).split(chunk):
+        z = mu + eps * torch.exp(0.5 * logvar)
+        logits = model.decoder(z)
+        bce = functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+        found.append(_log_weights(mu, logvar, z, -bce.sum(-1)))
+    return -(torch.logsumexp(torch.cat(found), 0) - math.log(k)).mean()
+
+
+def _ours_evaluation(model: Any, x: Tensor) -> Tensor:
+    return -model.log_marginal(x, k=1000).log_px.mean()
+
+
+EVALUATION = Case(
+    "log p(x), K=1000",
+    {"batch": 16, "pixels": PIXELS, "hidden": 200, "latent": 50},
+    {"batch": 4, "pixels": 12, "hidden": 9, "latent": 3},
+    _build_evaluation, _eager_evaluation, _ours_evaluation, trains=False,
+)  # fmt: skip
+
+
 def _build_missing(batch: int, pixels: int, hidden: int, latent: int) -> tuple[nn.Module, Any]:
     body = nn.Sequential(nn.Linear(pixels, hidden), nn.Tanh())
     decoder = mlp(latent, hidden, pixels, activation=nn.Tanh)
