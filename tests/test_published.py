@@ -89,6 +89,18 @@ def test_noise_of_gradients(images, tmp_path, monkeypatch):
     assert len(rows) == 6
     exact = [("iwae", k, k**-0.5, 0.0) for k in (1, 4, 16)]
     assert noise.slope(exact, "iwae", 1) == pytest.approx(-0.5)
+    assert len(noise.of_finite_variance(run.vae, images.test[:3], 9.0, 2)) == 2
+
+
+def test_the_slopes_with_two_latents():
+    """The page's numbers are those of the file."""
+    with (DOCS / "published-noise-2d.csv").open() as file:
+        rows = [(r["estimator"], int(r["K"]), float(r["signal-to-noise"]), 0.0) for r in csv.DictReader(file)]
+    of = {(name, k): value for name, k, value, _ in rows}
+    assert noise.slope([r for r in rows if r[1] <= 256], "iwae", 1) == pytest.approx(-0.35, abs=0.005)
+    shown = of["iwae", 1], of["iwae", 256], of["dreg", 1], of["dreg", 16], of["dreg", 256], of["dreg", 1024]
+    page = (DOCS / "published.md").read_text("utf-8")
+    assert all(f"{value:.2f}" in page for value in shown)
 
 
 def test_imputation_of_a_table():

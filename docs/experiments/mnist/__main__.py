@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--refined", type=int, default=1000, help="test images for the refined proposal")
     parser.add_argument("--annealed", type=int, default=100, help="test images for annealing")
     parser.add_argument("--evaluations", type=int, default=400, help="gradients for each K")
+    parser.add_argument("--khat", type=float, help="noise: only images with a k̂ below this; default: all")
     parser.add_argument("--results", type=Path, help="file of the results; default: in docs/")
     options = parser.parse_args()
     options.models.mkdir(exist_ok=True, parents=True)
@@ -49,7 +50,10 @@ def main() -> None:
         only = options.command != "train"
         run = trained(name, train, options.epochs, options.models, options.graph, train_on=not only)
         if options.command == "noise":
-            ratios = noise.ratios(run.vae, test[:20], options.evaluations)
+            chosen = test[:20]
+            if options.khat is not None:
+                chosen = noise.of_finite_variance(run.vae, test[:400], options.khat, 20)
+            ratios = noise.ratios(run.vae, chosen, options.evaluations)
             noise.write(ratios, options.results or noise.NOISE)
         if options.command == "accuracy":
             found = accuracy.errors(run.vae, test[: options.annealed])

@@ -15,6 +15,11 @@ DRAWS = (1, 4, 16, 64, 256, 1024)
 ESTIMATORS = ("iwae", "dreg", "stl")
 
 
+def of_finite_variance(vae: fastvae.VAE, x: Tensor, khat: float, images: int) -> Tensor:
+    """Return the first images whose Pareto k̂ of 4096 draws is below ``khat``: below 1/n, n moments are finite."""
+    return x[vae.evaluate(x, k=4096).khat < khat][:images]
+
+
 def ratios(vae: fastvae.VAE, x: Tensor, evaluations: int) -> list[tuple[str, int, float, float]]:
     """Return estimator, K, the encoder's signal-to-noise ratio and the floor of pure noise, for a batch."""
     found = []

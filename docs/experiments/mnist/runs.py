@@ -64,6 +64,8 @@ RUNS = {
     "vae-50": Run(lambda vae, x, beta: vae.elbo(x, k=50)),
     "iwae-5": Run(lambda vae, x, beta: vae.iwae(x, k=5)),
     "iwae-50": Run(lambda vae, x, beta: vae.iwae(x, k=50)),
+    # For the gradient's noise: with two latents the weights of some images have a finite variance.
+    "iwae-5-2d": Run(lambda vae, x, beta: vae.iwae(x, k=5), latents=2),
     # The same number of draws by other bounds and gradients: Tucker et al., 2019; Roeder et al., 2017;
     # Rainforth et al., 2018.
     "dreg-50": Run(lambda vae, x, beta: vae.iwae(x, k=50, estimator="dreg")),
