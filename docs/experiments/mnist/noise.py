@@ -16,7 +16,10 @@ ESTIMATORS = ("iwae", "dreg", "stl")
 
 
 def of_finite_variance(vae: fastvae.VAE, x: Tensor, khat: float, images: int) -> Tensor:
-    """Return the first images whose Pareto k̂ of 4096 draws is below ``khat``: below 1/n, n moments are finite."""
+    """Return the first images whose Pareto k̂ of 4096 draws is below ``khat``.
+
+    Below 1/n the weights have n finite moments.
+    """
     return x[vae.evaluate(x, k=4096).khat < khat][:images]
 
 
