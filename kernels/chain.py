@@ -22,8 +22,9 @@ from torch import Tensor
 from . import activations, common
 from .common import INTERPRETED, cdiv, load, power_of_two, strides
 from .elementary import log1p, log1p_of_odds, odds_of_both
-from .head import OPTIONS, _is_exact, _padded, value_of_tile
+from .head import OPTIONS, _is_exact, _padded
 from .launching import Call, Result, fixed, planned
+from .likelihood import value_of_tile
 from .likelihood_parameters import is_heavy, scalar_functions
 
 # Hidden layers of a call, their maximum width, and maximum number of latents.

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from .common import INTERPRETED, PROGRAMS, accumulator, cdiv, load, strides
 from .elementary import log1p
 from .launching import Call, Result, fixed, planned
-from .likelihood import bound_backward, log_prob, log_prob_backward
+from .likelihood import bound_backward, log_prob, log_prob_backward, value_of_tile
 from .likelihood_parameters import MAX_PARAMETERS, is_heavy, scalar_functions
 from .reduce import reduce, reduce_backward
 
@@ -59,33 +59,6 @@ def parameter_tile(
     else:
         b_a = tl.load(p_fixed).to(DTYPE)
     return b_a
-
-
-@triton.jit
-def value_of_tile(
-    b_x, b_0, b_1, b_2, OUTPUTS: tl.constexpr,
-    VALUE: tl.constexpr, DATA: tl.constexpr, SHARED_LOG: tl.constexpr,
-):  # fmt: skip
-    """Return the terms of a tile of log p(x|z) / FACTOR, and the odds whose log1p is a part of them.
-
-    Without SHARED_LOG the odds are the terms again, to be ignored. b_1 and b_2 are ignored beyond OUTPUTS.
-    """
-    b_data = b_x
-    if DATA is not None:
-        b_data_value, b_data = DATA(b_x)
-    if OUTPUTS == 1:
-        b_value = VALUE(b_x, b_data, b_0)
-    elif OUTPUTS == 2:
-        b_value = VALUE(b_x, b_data, b_0, b_1)
-    else:
-        b_value = VALUE(b_x, b_data, b_0, b_1, b_2)
-    if SHARED_LOG:
-        b_value, b_odds = b_value
-    if DATA is not None:
-        b_value += b_data_value
-    if not SHARED_LOG:
-        b_odds = b_value
-    return b_value, b_odds
 
 
 @triton.jit(do_not_specialize=["N", "B", "x_tiles"])

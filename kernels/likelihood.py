@@ -66,6 +66,34 @@ def load_parameter(
     return load(p_p, o_k * stride_k + o_b * stride_b + o_x * stride_x, mask, DTYPE, PADDING)
 
 
+@triton.jit
+def value_of_tile(
+    b_x, b_0, b_1, b_2, OUTPUTS: tl.constexpr,
+    VALUE: tl.constexpr, DATA: tl.constexpr, SHARED_LOG: tl.constexpr,
+):  # fmt: skip
+    """Return the terms of a tile of log p(x|z) / FACTOR, and the odds whose log1p is a part of them.
+
+    Without SHARED_LOG the odds are the terms again, to be ignored. b_1 and b_2 are ignored beyond OUTPUTS.
+    """
+    b_data = b_x
+    if DATA is not None:
+        # Depends on x alone: computed once for all samples of the tile.
+        b_data_value, b_data = DATA(b_x)
+    if OUTPUTS == 1:
+        b_value = VALUE(b_x, b_data, b_0)
+    elif OUTPUTS == 2:
+        b_value = VALUE(b_x, b_data, b_0, b_1)
+    else:
+        b_value = VALUE(b_x, b_data, b_0, b_1, b_2)
+    if SHARED_LOG:
+        b_value, b_odds = b_value
+    if DATA is not None:
+        b_value += b_data_value
+    if not SHARED_LOG:
+        b_odds = b_value
+    return b_value, b_odds
+
+
 @triton.jit(do_not_specialize=["K", "B", "x_tiles"], do_not_specialize_on_alignment=["k_splits"])
 def log_prob_kernel(
     p_x,  # [B, X] data, of any type
@@ -129,6 +157,7 @@ def log_prob_kernel(
             p_p0, i_k, i_b, i_x, K, B, X, stride_0_k, stride_0_b, stride_0_x,
             ALONG_ALL, 0.0 if PADDING is None else PADDING, DTYPE, BLOCK_K, BLOCK_B, BLOCK_X,
         )  # fmt: skip
+        b_1, b_2 = b_0, b_0
         if p_p1 is not None:
             b_1 = load_parameter(
                 p_p1, i_k, i_b, i_x, K, B, X, stride_1_k, stride_1_b, stride_1_x, VARIES_1, 0.0, DTYPE,
@@ -139,20 +168,8 @@ def log_prob_kernel(
                 p_p2, i_k, i_b, i_x, K, B, X, stride_2_k, stride_2_b, stride_2_x, VARIES_2, 0.0, DTYPE,
                 BLOCK_K, BLOCK_B, BLOCK_X,
             )  # fmt: skip
-        b_data = b_x
-        if DATA is not None:
-            # Depends on x alone: computed once for all samples of the tile.
-            b_data_value, b_data = DATA(b_x)
-        if p_p1 is None:
-            b_value = VALUE(b_x, b_data, b_0)
-        elif p_p2 is None:
-            b_value = VALUE(b_x, b_data, b_0, b_1)
-        else:
-            b_value = VALUE(b_x, b_data, b_0, b_1, b_2)
-        if SHARED_LOG:
-            b_value, b_odds = b_value
-        if DATA is not None:
-            b_value += b_data_value
+        OUTPUTS: tl.constexpr = 1 + (p_p1 is not None) + (p_p2 is not None)
+        b_value, b_odds = value_of_tile(b_x, b_0, b_1, b_2, OUTPUTS, VALUE, DATA, SHARED_LOG)
         if p_mask is not None:
             b_value = tl.where(m_seen, b_value, 0.0)
             if SHARED_LOG:
