@@ -48,7 +48,7 @@ FASTVAE_LOOP void class_gradients(int n, const C* __restrict g, C number, C igno
     out[i] = x[i] == ignored ? C(0) : value;
   }
 }
-// Gradients of rows of n classes, at least a vector's.
+// Gradients of rows of n classes. Rows shorter than a vector must follow one another in memory, in both.
 template <class C>
 FASTVAE_LOOP void row_gradients(int rows, int n, const C* __restrict g, C ignored, const C* __restrict x,
                                 const C* __restrict a, i64 pitch, const C* __restrict normaliser,
@@ -56,20 +56,26 @@ FASTVAE_LOOP void row_gradients(int rows, int n, const C* __restrict g, C ignore
   constexpr int lanes = kLanes<C>;
   const int whole = n / lanes * lanes;
   for (int r = 0; r < rows; ++r, a += pitch, out += out_pitch) {
-    if (x[r] == ignored) {
-      for (int i = 0; i < n; ++i) out[i] = C(0);
-      continue;
-    }
+    const bool skip = x[r] == ignored;
     const C upstream = g[r], norm = normaliser[r];
     // NaN is not a class.
     const int number = x[r] >= C(0) ? static_cast<int>(x[r]) : -1;
-    const auto add = [&](int first, int count) FASTVAE_INLINED {
+    const auto set = [&](int first, int count) FASTVAE_INLINED {
 #pragma omp simd
-      for (int i = first; i < first + count; ++i)
-        out[i] = upstream * ((i == number ? C(1) : C(0)) - exp_(a[i] - norm));
+      for (int i = first; i < first + count; ++i) {
+        const C value = upstream * ((i == number ? C(1) : C(0)) - exp_(a[i] - norm));
+        out[i] = skip ? C(0) : value;
+      }
     };
-    add(0, whole);
-    if (whole < n) add(n - lanes, lanes);
+    set(0, whole);
+    if (whole == n) continue;
+    if (n > lanes) {
+      set(n - lanes, lanes);
+    } else if ((rows - r) * n >= lanes) {
+      set(0, lanes);  // and the beginning of the rows to come, which they overwrite
+    } else {
+      set(0, n);
+    }
   }
 }
 // out = g exp(a - normaliser).
@@ -336,7 +342,9 @@ void class_tiles_backward(const ClassRows& a, const Tensor& grad, const C* norma
       for (i64 p = 0; p < positions; ++p) {
         const C* x = classes_of(a, row, p, a.x.s0, x_buffer, n);
         for (int i = 0; i < n; ++i) norm[i] = normaliser[(row + i) * positions + p];
-        if (a.along_classes(p) && r.in_rows(p)) {
+        // Rows of one position may follow one another; of few classes, rows as lanes take less time.
+        const bool follow = a.classes(p) > 8 && a.row_size() == a.classes(p) && a.logits.s0 == a.row_size();
+        if (r.in_rows(p) && (follow || a.along_classes(p))) {
           const C* s = pointer<const C>(a.at(row, 0, p, r.from.size));
           row_gradients(n, static_cast<int>(a.classes(p)), g, static_cast<C>(a.ignored), x, s, a.logits.s0,
                         norm, pointer<C>(a.place(to, row, 0, p, r.from.size)), a.row_size());
