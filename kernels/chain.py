@@ -305,7 +305,8 @@ def _rows(x, h, *rest) -> Call:
         "BLOCK_J": BLOCK_J,
         "BLOCK_U0": max(16, power_of_two(widths[0])),
         "BLOCK_W": max(16, power_of_two(widths[-1])),
-        "BLOCK_X": BLOCK_X,
+        # On AMD two tiles of the output do not fit.
+        "BLOCK_X": BLOCK_X // 2 if common.LANES == 64 and weights[1] is not None else BLOCK_X,
         **OPTIONS,
         "num_stages": 1,
     }
