@@ -371,7 +371,7 @@ def test_the_last_layer_is_fused_on_request_alone():
     ],
 )
 def test_an_evaluation_takes_the_whole_decoder(change, expected, monkeypatch):
-    """One kernel for its layers, where matrix units are allowed and gradients are not needed."""
+    """An evaluation takes one kernel where matrix units are allowed and gradients are not needed."""
     given = {
         "precision": "high",
         "dtype": torch.float32,
