@@ -70,15 +70,15 @@ FASTVAE_LOOP void add_exponentials_of_rows(i64 components, const C* __restrict s
                                            C* __restrict sum) {
   for (i64 u = 0; u < components; ++u) {
 #pragma omp simd
-    for (i64 i = 0; i < kUnitRows; ++i) sum[i] += exp_(s[u * kUnitRows + i] - shift[i]);
+    for (i64 i = 0; i < kUnitRows; ++i) sum[i] += exp_up_to_1(s[u * kUnitRows + i] - shift[i]);
   }
 }
 
 // Maxima and scaled sums of a unit of rows.
 template <class C>
 struct UnitSums {
-  C most[kUnitRows];
-  double sum[kUnitRows];
+  alignas(kVectorBytes) C most[kUnitRows];
+  alignas(kVectorBytes) double sum[kUnitRows];
   void clear() {
     for (i64 i = 0; i < kUnitRows; ++i) {
       most[i] = -infinity(C(0));
@@ -88,20 +88,16 @@ struct UnitSums {
   // Of a block's scores s (rows, width).
   void add(i64 rows, i64 width, const C* s) {
     for (i64 i = 0; i < rows; ++i) {
-      const C* row = s + i * width;
-      const C here = largest(width, row), above = here > most[i] ? here : most[i];
-      // The shift that is subtracted: inf - inf would be NaN.
-      const C shift = is_infinite(above) ? C(0) : above;
-      if (most[i] < above) sum[i] *= static_cast<double>(exp_(most[i] - shift));
-      sum[i] += sum_of_exponentials(static_cast<int>(width), shift, row);
-      most[i] = above;
+      LogSum<C> all{most[i], sum[i]};
+      all.add(static_cast<int>(width), s + i * width);
+      most[i] = all.top, sum[i] = all.sum;
     }
   }
   // Of a block's scores s (components, kUnitRows), whose maxima are known.
   void add_components(i64 components, const C* s, const C* above) {
-    C shift[kUnitRows], part[kUnitRows];
+    alignas(kVectorBytes) C shift[kUnitRows], part[kUnitRows];
     for (i64 i = 0; i < kUnitRows; ++i) {
-      shift[i] = is_infinite(above[i]) ? C(0) : above[i];
+      shift[i] = shift_of(above[i]);
       if (most[i] < above[i] && sum[i] != 0) sum[i] *= static_cast<double>(exp_(most[i] - shift[i]));
       most[i] = above[i];
     }
@@ -134,7 +130,7 @@ void aggregate_rows(const Aggregate& a, C* out, C* each, int threads) {
   parallel(threads, (rows + kUnitRows - 1) / kUnitRows, rows * c.count * dims, [&](i64 begin, i64 end) {
     const Scratch<C> z(dims * kUnitRows), s(kUnitRows * c.width);
     const Scratch<UnitSums<C>> sums(dims + 1);  // of each dimension, then of all together
-    C logs[kUnitRows], above[kUnitRows];
+    alignas(kVectorBytes) C logs[kUnitRows], above[kUnitRows];
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 first = unit * kUnitRows, n = rows - first < kUnitRows ? rows - first : kUnitRows;
       for (i64 d = 0; d <= dims; ++d) sums.data[d].clear();
@@ -164,7 +160,7 @@ void aggregate_rows(const Aggregate& a, C* out, C* each, int threads) {
 // Upstream gradients of a unit's sums, and what is subtracted from its scores; zeros behind the last row.
 template <class C>
 struct UnitSlopes {
-  C scale[kUnitRows], shift[kUnitRows];
+  alignas(kVectorBytes) C scale[kUnitRows], shift[kUnitRows];
   // Of column d of the gradient (N, D) and of the op's result.
   void read(const Tensor& grad, const Tensor& logs, i64 first, i64 rows, i64 d, C others) {
     for (i64 i = 0; i < kUnitRows; ++i) {
@@ -192,7 +188,7 @@ FASTVAE_LOOP void shares_of(const UnitSlopes<C>& u, i64 width, const C* __restri
     }
 #pragma omp simd
     for (i64 i = from; i < to; ++i) {
-      const C r = scale * exp_(s[i] - shift);
+      const C r = scale * exp_up_to_1(s[i] - shift);
       const C kept = abs_(r) < tiny ? C(0) : r;
       s[i] = kBase ? base[i] + kept : kept;
     }

@@ -43,7 +43,7 @@ FASTVAE_LOOP void class_gradients(int n, const C* __restrict g, C number, C igno
                                   const C* __restrict a, const C* __restrict normaliser, C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const C share = exp_(a[i] - normaliser[i]);
+    const C share = exp_negative(a[i] - normaliser[i]);
     const C value = g[i] * ((x[i] == number ? C(1) : C(0)) - share);
     out[i] = x[i] == ignored ? C(0) : value;
   }
@@ -54,21 +54,22 @@ FASTVAE_LOOP void row_gradients(int rows, int n, const C* __restrict g, C ignore
                                 const C* __restrict a, i64 pitch, const C* __restrict normaliser,
                                 C* __restrict out, i64 out_pitch) {
   constexpr int lanes = kLanes<C>;
-  const int whole = n / lanes * lanes;
   for (int r = 0; r < rows; ++r, a += pitch, out += out_pitch) {
     const bool skip = x[r] == ignored;
     const C upstream = g[r], norm = normaliser[r];
     // NaN is not a class.
     const int number = x[r] >= C(0) ? static_cast<int>(x[r]) : -1;
     const auto set = [&](int first, int count) FASTVAE_INLINED {
+      const C* from = a + first;
+      C* to = out + first;
 #pragma omp simd
-      for (int i = first; i < first + count; ++i) {
-        const C value = upstream * ((i == number ? C(1) : C(0)) - exp_(a[i] - norm));
-        out[i] = skip ? C(0) : value;
+      for (int i = 0; i < count; ++i) {
+        const C value = upstream * ((i == number - first ? C(1) : C(0)) - exp_negative(from[i] - norm));
+        to[i] = skip ? C(0) : value;
       }
     };
-    set(0, whole);
-    if (whole == n) continue;
+    for (int first = 0; first <= n - lanes; first += lanes) set(first, lanes);
+    if (n % lanes == 0) continue;
     if (n > lanes) {
       set(n - lanes, lanes);
     } else if ((rows - r) * n >= lanes) {
@@ -82,7 +83,7 @@ FASTVAE_LOOP void row_gradients(int rows, int n, const C* __restrict g, C ignore
 template <class C>
 FASTVAE_LOOP void times_shares(int n, C g, C normaliser, const C* __restrict a, C* __restrict out) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = g * exp_(a[i] - normaliser);
+  for (int i = 0; i < n; ++i) out[i] = g * exp_negative(a[i] - normaliser);
 }
 // Whether each is a whole number in [0, classes), or ignored, or NaN.
 template <class C>
@@ -151,7 +152,7 @@ template <class C>
 struct ClassReader {
   const ClassRows& a;
   const Storage<C>& from;
-  C buffer[kBuffer];
+  alignas(kVectorBytes) C buffer[kBuffer];
   RunningSums<C> all;
 
   explicit ClassReader(const ClassRows& call) : a(call), from(storage<C>(call.logits.dtype)) {}
@@ -222,7 +223,7 @@ bool class_positions(const ClassRows& a, C* out, C* normaliser, int threads) {
   bool outside = false;
   parallel(threads, rows * tiles, a.logits.size(), [&](i64 begin, i64 end) {
     ClassReader<C> r(a);
-    C x_buffer[kBuffer], picked[kBuffer];
+    alignas(kVectorBytes) C x_buffer[kBuffer], picked[kBuffer];
     bool wrong = false;
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 row = unit / tiles, first = unit % tiles * kTile;
@@ -252,8 +253,8 @@ bool class_tiles(const ClassRows& a, C* out, C* normaliser, int threads) {
   bool outside = false;
   parallel(threads, a.rows() / batch * tiles, a.logits.size(), [&](i64 begin, i64 end) {
     ClassReader<C> r(a);
-    C x_buffer[kBuffer], picked[kBuffer], norm[kBuffer];
-    double sums[kBuffer];
+    alignas(kVectorBytes) C x_buffer[kBuffer], picked[kBuffer], norm[kBuffer];
+    alignas(kVectorBytes) double sums[kBuffer];
     bool wrong = false;
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 first = unit % tiles * height, row = unit / tiles * batch + first;
@@ -286,7 +287,7 @@ void class_positions_backward(const ClassRows& a, const Tensor& grad, const C* n
   const i64 step = a.last ? a.logits.n2 : 1;
   parallel(threads, rows * tiles, a.logits.size(), [&](i64 begin, i64 end) {
     ClassReader<C> r(a);
-    C x_buffer[kBuffer], g[kBuffer], out[kBuffer];
+    alignas(kVectorBytes) C x_buffer[kBuffer], g[kBuffer], out[kBuffer];
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 row = unit / tiles, first = unit % tiles * kTile;
       const int n = tile_width(positions, first);
@@ -310,7 +311,7 @@ template <class C>
 void class_gradient(ClassReader<C>& r, i64 row, i64 position, C g, C x, C normaliser, address to) {
   const ClassRows& a = r.a;
   const i64 classes = a.classes(position), step = a.class_step();
-  C results[kBuffer];
+  alignas(kVectorBytes) C results[kBuffer];
   for (i64 c = 0; c < classes; c += kTile) {
     const int n = tile_width(classes, c);
     const address place = a.place(to, row, c, position, r.from.size);
@@ -334,7 +335,7 @@ void class_tiles_backward(const ClassRows& a, const Tensor& grad, const C* norma
             tiles = (batch + height - 1) / height;
   parallel(threads, a.rows() / batch * tiles, a.logits.size(), [&](i64 begin, i64 end) {
     ClassReader<C> r(a);
-    C x_buffer[kBuffer], g_buffer[kBuffer], norm[kBuffer], out[kBuffer];
+    alignas(kVectorBytes) C x_buffer[kBuffer], g_buffer[kBuffer], norm[kBuffer], out[kBuffer];
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 first = unit % tiles * height, row = unit / tiles * batch + first;
       const int n = static_cast<int>(batch - first < height ? batch - first : height);

@@ -37,8 +37,8 @@ FASTVAE_LOOP void component_shares(int n, C g, const C* __restrict a, const C* _
                                    C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    r[i] = g * exp_(s[i] - joint[i]);
-    out[i] = r[i] - g * exp_(a[i] - normaliser[i]);
+    r[i] = g * exp_up_to_1(s[i] - joint[i]);
+    out[i] = r[i] - g * exp_up_to_1(a[i] - normaliser[i]);
   }
 }
 template <class L, class C>
@@ -120,8 +120,8 @@ template <class C>
 struct GroupReader {
   const ComponentRows& a;
   const C setting;
-  C x[3][kBuffer], logit[kBuffer], location[3][kBuffer], log_scale[3][kBuffer], coefficient[3][kBuffer],
-      shifted[3][kBuffer], s[kBuffer];
+  alignas(kVectorBytes) C x[3][kBuffer], logit[kBuffer], location[3][kBuffer], log_scale[3][kBuffer],
+      coefficient[3][kBuffer], shifted[3][kBuffer], s[kBuffer];
   const C *at_x[3] = {}, *at_logit = nullptr, *at_location[3] = {}, *at_log_scale[3] = {},
           *at_coefficient[3] = {};
   const C* means[3] = {};
@@ -218,7 +218,7 @@ void components_rows_backward(const ComponentRows& a, const Tensor& grad, const 
   };
   parallel(threads, rows * tiles, a.logits.size() + a.location.size(), [&](i64 begin, i64 end) {
     GroupReader<C> r(a);
-    C out[kBuffer], share[kBuffer], out_location[3][kBuffer], out_log_scale[3][kBuffer],
+    alignas(kVectorBytes) C out[kBuffer], share[kBuffer], out_location[3][kBuffer], out_log_scale[3][kBuffer],
         out_coefficient[kBuffer];
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 row = unit / tiles, first = unit % tiles * kGroupTile;

@@ -75,6 +75,11 @@ FASTVAE_INLINE float exp_negative(float x) {
   return (s * e.p + s) * 0x1p-64f;
 }
 FASTVAE_INLINE double exp_negative(double x) { return __builtin_exp(x); }
+// exp(x), or 1 for x > 0.
+template <class C>
+FASTVAE_INLINE C exp_up_to_1(C x) {
+  return exp_negative(x > C(0) ? C(0) : x);
+}
 
 // The scaled half of exp(x) - 1: 2 * (s p + (s - 1/2)) with s = 2^(n-1) is exact in form at n = 0, and finite
 // up to the largest x.

@@ -24,9 +24,12 @@ FASTVAE_LOOP C largest(i64 n, const C* s) {
   for (i64 i = 0; i < n; ++i) most = s[i] > most ? s[i] : most;
   return most;
 }
+// The sum of exp(s - shift_of(most)), where none exceeds `most`; inf for +inf.
 template <class C>
-FASTVAE_LOOP double sum_of_exponentials(int n, C shift, const C* s) {
-  return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return exp_(s[i] - shift); });
+FASTVAE_LOOP double sum_of_exponentials(int n, C most, const C* s) {
+  const C shift = shift_of(most);
+  const double sum = sum_over<C>(n, [=](int i) FASTVAE_INLINED { return exp_up_to_1(s[i] - shift); });
+  return most == infinity(C(0)) ? sum + most : sum;
 }
 
 // A log-sum-exp of numbers that arrive in parts.
@@ -36,45 +39,91 @@ struct LogSum {
   double sum = 0;  // of exp(s - shift_of(top))
 
   void add(int n, const C* s) {
-    const C here = largest(n, s), above = here > top ? here : top, shift = shift_of(above);
-    if (top < above) sum *= static_cast<double>(exp_(top - shift));
-    sum += sum_of_exponentials(n, shift, s);
+    const C here = largest(n, s), above = here > top ? here : top;
+    if (top < above) sum *= static_cast<double>(exp_(top - shift_of(above)));
+    sum += sum_of_exponentials(n, above, s);
     top = above;
   }
   double value() const { return static_cast<double>(top) + __builtin_log(sum); }
 };
 
+// Reduces `rows` vectors that follow one another, each to one number, by combining neighbours: a third of the
+// instructions of reducing one after the other. The vectors are overwritten.
+template <class C, bool kSum>
+FASTVAE_LOOP void combine_pairs(i64 n, const C* __restrict from, C* __restrict to) {
+#pragma omp simd
+  for (i64 i = 0; i < n; ++i) {
+    const C a = from[2 * i], b = from[2 * i + 1];
+    to[i] = kSum ? a + b : b > a ? b : a;
+  }
+}
+template <class C, bool kSum>
+FASTVAE_INLINE void reduce_vectors(int rows, C* vectors, C* buffer, C* to) {
+  int width = kLanes<C> / 2;
+  for (; width > 1; width /= 2) {
+    combine_pairs<C, kSum>(rows * width, vectors, buffer);
+    C* const next = vectors;
+    vectors = buffer;
+    buffer = next;
+  }
+  combine_pairs<C, kSum>(rows, vectors, to);
+}
+
 // Maximum and sum of exponentials of rows of n numbers, at least a vector's, of which no lane sums more
-// than 16.
+// than 16. A row's last vector ends with the row: `seen` of its lanes belong to the one before, too.
 template <class C>
-FASTVAE_LOOP void exponentials_of_rows(int rows, int n, const C* __restrict s, i64 pitch, C* __restrict top,
-                                       C* __restrict sum) {
+FASTVAE_LOOP void largest_of_lanes(int rows, int n, const C* __restrict s, i64 pitch, C* __restrict out) {
   constexpr int lanes = kLanes<C>;
-  const int whole = n / lanes * lanes, rest = n - whole;
-  for (int r = 0; r < rows; ++r, s += pitch) {
-    // Ends with the row: its first lanes were seen before.
-    const C* last = s + n - lanes;
-    C most = -infinity(C(0)), total = 0;
-#pragma omp simd reduction(max : most)
-    for (int i = 0; i < whole; ++i) most = s[i] > most ? s[i] : most;
-#pragma omp simd reduction(max : most)
-    for (int i = 0; i < lanes; ++i) most = last[i] > most ? last[i] : most;
-    const C shift = shift_of(most);
-#pragma omp simd reduction(+ : total)
-    for (int i = 0; i < whole; ++i) total += exp_(s[i] - shift);
-    if (rest > 0) {
-#pragma omp simd reduction(+ : total)
-      for (int i = 0; i < lanes; ++i) total += i < lanes - rest ? C(0) : exp_(last[i] - shift);
+  for (int r = 0; r < rows; ++r, s += pitch, out += lanes) {
+    Vector<C> most = *reinterpret_cast<const Vector<C>*>(s + n - lanes);
+    for (int i = 0; i < n - lanes; i += lanes) {
+      const Vector<C> next = *reinterpret_cast<const Vector<C>*>(s + i);
+      most = next > most ? next : most;
     }
-    top[r] = most;
-    sum[r] = total;
+    *reinterpret_cast<Vector<C>*>(out) = most;
+  }
+}
+template <class C>
+FASTVAE_LOOP void exponentials_of_lanes(int rows, int n, const C* __restrict s, i64 pitch,
+                                        const C* __restrict top, C* __restrict out) {
+  constexpr int lanes = kLanes<C>;
+  const int seen = (lanes - n % lanes) % lanes;
+  for (int r = 0; r < rows; ++r, s += pitch, out += lanes) {
+    const C shift = shift_of(top[r]), *last = s + n - lanes;
+    alignas(kVectorBytes) C e[lanes];
+#pragma omp simd
+    for (int l = 0; l < lanes; ++l) {
+      const C value = exp_up_to_1(last[l] - shift);
+      e[l] = l < seen ? C(0) : value;
+    }
+    Vector<C> total = *reinterpret_cast<const Vector<C>*>(e);
+    for (int i = 0; i < n - lanes; i += lanes) {
+      const C* from = s + i;  // not s[i + l], which -fwrapv would gather
+#pragma omp simd
+      for (int l = 0; l < lanes; ++l) e[l] = exp_up_to_1(from[l] - shift);
+      total += *reinterpret_cast<const Vector<C>*>(e);
+    }
+    *reinterpret_cast<Vector<C>*>(out) = total;
+  }
+}
+template <class C>
+void exponentials_of_rows(int rows, int n, const C* s, i64 pitch, C* top, C* sum) {
+  constexpr int most = 32;
+  alignas(kVectorBytes) C vectors[most * kLanes<C>], buffer[most * kLanes<C>];
+  for (int first = 0; first < rows; first += most) {
+    const int count = rows - first < most ? rows - first : most;
+    const C* from = s + first * pitch;
+    largest_of_lanes(count, n, from, pitch, vectors);
+    reduce_vectors<C, false>(count, vectors, buffer, top + first);
+    exponentials_of_lanes(count, n, from, pitch, top + first, vectors);
+    reduce_vectors<C, true>(count, vectors, buffer, sum + first);
   }
 }
 
 // The running maximum and the sum of exp(s - maximum).
 template <class C>
 struct RunningSums {
-  C top[kBuffer], sum[kBuffer];
+  alignas(kVectorBytes) C top[kBuffer], sum[kBuffer];
   void clear(int n) {
     fill(top, std::numeric_limits<C>::lowest(), n);
     fill(sum, C(0), n);
@@ -131,9 +180,10 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
   const i64 units = (columns + kColumnsPerUnit - 1) / kColumnsPerUnit;
   const double log_samples = __builtin_log(static_cast<double>(samples));
   parallel(threads, units, samples * columns, [&](i64 begin, i64 end) {
-    C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit], next[kColumnsPerUnit],
-        shift[kColumnsPerUnit], scale[kColumnsPerUnit], part[kColumnsPerUnit];
-    double sum[kColumnsPerUnit];  // for the sums of blocks: thousands of samples must not cost digits
+    alignas(kVectorBytes) C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit],
+        next[kColumnsPerUnit], shift[kColumnsPerUnit], scale[kColumnsPerUnit], part[kColumnsPerUnit];
+    alignas(kVectorBytes) double
+        sum[kColumnsPerUnit];  // for the sums of blocks: thousands of samples must not cost digits
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 column = unit * kColumnsPerUnit;
       const int n = static_cast<int>(columns - column < kColumnsPerUnit ? columns - column : kColumnsPerUnit);
@@ -174,7 +224,8 @@ void log_mean_exp_weights(T* out, View<const compute_t<T>> grad, View<const T> l
                           int threads) {
   using C = compute_t<T>;
   parallel(threads, samples, samples * columns, [&](i64 begin, i64 end) {
-    C row_buffer[kTile], grad_buffer[kTile], out_buffer[kTile], shift[kTile], inverse[kTile];
+    alignas(kVectorBytes) C row_buffer[kTile], grad_buffer[kTile], out_buffer[kTile], shift[kTile],
+        inverse[kTile];
     for (i64 column = 0; column < columns; column += kTile) {
       const int n = tile_width(columns, column);
       const C* g = load(grad_buffer, grad.data + column * grad.s0, grad.s0, n);

@@ -133,7 +133,7 @@ FASTVAE_LOOP void shares(i64 n, C scale, C shift, C* __restrict s, C* __restrict
   const C tiny = smallest_normal(C(0));
 #pragma omp simd
   for (i64 i = 0; i < n; ++i) {
-    const C r = scale * exp_(s[i] - shift);
+    const C r = scale * exp_up_to_1(s[i] - shift);
     const C kept = abs_(r) < tiny ? C(0) : r;
     s[i] = kept;
     sum[i] += kept;
@@ -221,29 +221,16 @@ void mixture_rows(const NormalMixture& a, C* out, C* maximum, C* total, int thre
     const Scratch<C> z(dims * kUnitRows), s(kUnitRows * c.width);
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 first = unit * kUnitRows, n = rows - first < kUnitRows ? rows - first : kUnitRows;
-      C most[kUnitRows];
-      double sum[kUnitRows];
-      for (i64 i = 0; i < kUnitRows; ++i) {
-        most[i] = -infinity(C(0));
-        sum[i] = 0;
-      }
+      LogSum<C> sums[kUnitRows];
       transpose_rows(a.z, first, z.data);
       for (i64 block = 0; block < c.blocks; ++block) {
         score(dims, c.pitch, c.width, c.means(block), c.constants(block), z.data, s.data);
-        for (i64 i = 0; i < n; ++i) {
-          const C* row = s.data + i * c.width;
-          const C here = largest(c.width, row), above = here > most[i] ? here : most[i];
-          // The shift that is subtracted: inf - inf would be NaN.
-          const C shift = is_infinite(above) ? C(0) : above;
-          sum[i] *= most[i] < above ? static_cast<double>(exp_(most[i] - shift)) : 1.0;
-          sum[i] += sum_of_exponentials(static_cast<int>(c.width), shift, row);
-          most[i] = above;
-        }
+        for (i64 i = 0; i < n; ++i) sums[i].add(static_cast<int>(c.width), s.data + i * c.width);
       }
       for (i64 i = 0; i < n; ++i) {
-        maximum[first + i] = most[i];
-        total[first + i] = static_cast<C>(sum[i]);
-        out[first + i] = static_cast<C>(static_cast<double>(most[i]) + __builtin_log(sum[i]));
+        maximum[first + i] = sums[i].top;
+        total[first + i] = static_cast<C>(sums[i].sum);
+        out[first + i] = static_cast<C>(sums[i].value());
       }
     }
   });
@@ -302,7 +289,7 @@ void mixture_slopes(const NormalMixture& a, const Components<C>& c, const Tensor
               if (row < rows) {
                 const C most = pointer<const C>(maximum.data)[row * maximum.s0],
                         sum = pointer<const C>(total.data)[row * total.s0];
-                shift = is_infinite(most) ? C(0) : most;
+                shift = shift_of(most);
                 scale = sum == C(0) ? C(0) : pointer<const C>(grad.data)[row * grad.s0] / sum;
               }
               if (scale == C(0)) {

@@ -48,7 +48,7 @@ template <class C>
 FASTVAE_LOOP void count_gradients(int n, C g, C gn, C normaliser, const C* __restrict x,
                                   const C* __restrict a, C* __restrict out) {
 #pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = g * x[i] - gn * exp_(a[i] - normaliser);
+  for (int i = 0; i < n; ++i) out[i] = g * x[i] - gn * exp_up_to_1(a[i] - normaliser);
 }
 template <class C>
 FASTVAE_LOOP void where_seen(int n, const std::uint8_t* __restrict seen, C otherwise, const C* from, C* to) {
@@ -88,7 +88,7 @@ template <class C>
 struct CountReader {
   const CountRows& a;
   const Storage<C>&of_x, &of_logits;
-  C x_buffer[kBuffer], buffer[kBuffer], masked[kBuffer];
+  alignas(kVectorBytes) C x_buffer[kBuffer], buffer[kBuffer], masked[kBuffer];
   std::uint8_t seen_buffer[kBuffer];
   const std::uint8_t* seen = nullptr;
 
@@ -234,7 +234,7 @@ void count_rows_backward(const CountRows& a, const Tensor& grad, const C* normal
   const Storage<C>& kind = storage<C>(a.logits.dtype);
   parallel(threads, a.units(), a.logits.size(), [&](i64 begin, i64 end) {
     CountReader<C> r(a);
-    C results[kBuffer];
+    alignas(kVectorBytes) C results[kBuffer];
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 b = unit % batch;
       for (i64 k = 0; k < together; ++k) {

@@ -71,7 +71,7 @@ void diagonal_forward(const Diagonal<T>& a, const DiagonalResults<T>& to) {
   parallel(a.threads, tiles * chunks, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
     Noise<C> noise(Key(a.seed), a.sample_offset, a.row_offset);
     LatentTile<T, false> buffers;
-    C half_sigma_buffer[kTile], z_buffer[kTile], slope_buffer[kTile], terms[kBuffer];
+    alignas(kVectorBytes) C half_sigma_buffer[kTile], z_buffer[kTile], slope_buffer[kTile], terms[kBuffer];
     double kl_sum[kMostRows], constant[kMostRows], ratio_sum[kSamplesPerUnit][kMostRows];
     const auto draw_tile = to.log_ratio
                                ? (to.slope ? draw<true, true, kPrior, C> : draw<false, true, kPrior, C>)
@@ -145,7 +145,7 @@ struct DiagonalGrads {
 // Sums over samples for each element of a tile: h, h times the derivative of z by logvar, and the prior's.
 template <class C>
 struct LatentSums {
-  C h[kTile], h_slope[kTile], prior[kTile], prior_logvar[kTile];
+  alignas(kVectorBytes) C h[kTile], h_slope[kTile], prior[kTile], prior_logvar[kTile];
 
   template <bool kPrior>
   void clear(int n) {
@@ -282,10 +282,10 @@ void diagonal_backward(const Diagonal<T>& a, const DiagonalGrads<T>& g) {
   const i64 height = rows_per_tile(a.rows, a.columns), tiles = (a.rows + height - 1) / height;
   parallel(a.threads, tiles, a.samples * a.rows * a.columns, [&](i64 begin, i64 end) {
     LatentTile<T, true> buffers;
-    C grad_z_buffer[kTile] = {}, slope_buffer[kTile] = {}, side[kTile] = {}, ratio[kTile] = {},
-      weight[kTile] = {};
-    C inverse_sigma[kTile], out_mu[kTile], out_logvar[kTile], no_side[kTile] = {}, first_without[kTile],
-                                                              second_without[kTile];
+    alignas(kVectorBytes) C grad_z_buffer[kTile] = {}, slope_buffer[kTile] = {}, side[kTile] = {},
+                            ratio[kTile] = {}, weight[kTile] = {};
+    alignas(kVectorBytes) C inverse_sigma[kTile], out_mu[kTile], out_logvar[kTile],
+        no_side[kTile] = {}, first_without[kTile], second_without[kTile];
     // In two levels, blocks of kSamplesPerBlock and then the blocks: thousands of samples must not cost
     // digits.
     LatentSums<C> total, block;

@@ -144,7 +144,7 @@ void full_draws(Output z, Output log_q, Output kept, const Tensor& mu, const Ten
     Noise<C> noise(Key(seed), place.sample_offset, place.row_offset);
     const Scratch<C> panel(dims * width), moves(most * columns), mean_buffer(dims),
         own(kept ? 0 : most * dims);
-    C terms[kBuffer];
+    alignas(kVectorBytes) C terms[kBuffer];
     double sums[kMostDraws];
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 b = unit / chunks, first = unit % chunks * most,

@@ -98,8 +98,9 @@ inline void spreads(Scale scale, int n, const C* raw, C floor, C* logvar, C* hal
 template <class T, bool kChain>
 struct LatentTile {
   using C = compute_t<T>;
-  C mu[kTile] = {}, logvar[kTile] = {}, clamped[kTile], half_sigma[kTile], chain[kChain ? kTile : 1];
-  C prior_mu[kTile] = {}, prior_logvar[kTile] = {}, inverse_s[kTile];
+  alignas(kVectorBytes) C mu[kTile] = {}, logvar[kTile] = {}, clamped[kTile],
+                          half_sigma[kTile], chain[kChain ? kTile : 1];
+  alignas(kVectorBytes) C prior_mu[kTile] = {}, prior_logvar[kTile] = {}, inverse_s[kTile];
 
   LatentArrays<C> read(const Diagonal<T>& a, i64 row, i64 column, const Tile& t) {
     const int n = t.size();

@@ -278,7 +278,7 @@ class Noise {
   std::uint32_t block_ = 0;
   int blocks_ = 0, calls_ = 0;
   std::uint32_t c0_[kCalls], c1_[kCalls], words_[4][kCalls], beyond_[4][kCalls];
-  C radii_[kCalls], planes_[4][kCalls], normals_[kTile];
+  alignas(kVectorBytes) C radii_[kCalls], planes_[4][kCalls], normals_[kTile];
 };
 
 }  // namespace FASTVAE_ISA
