@@ -164,6 +164,17 @@ def test_impossible_classes(backend):
     assert out[1] == -math.inf
 
 
+@pytest.mark.parametrize("width", [3, 20, 1100])
+def test_equal_logits_are_uniform_however_large(backend, width):
+    """Classes of −1e30 or 1e30 each have probability 1 / width; +inf gives no finite value."""
+    x = (torch.arange(3 * width, device=DEVICE).reshape(3, width) % 4).float()
+    logits = torch.tensor([[-1e30], [1e30], [0.0]], device=DEVICE).repeat(1, width)
+    logits[2, 1] = math.inf
+    out = ops.multinomial_log_prob(x, logits, coefficient=False)
+    torch.testing.assert_close(out[:2], -x[:2].sum(1) * math.log(width))
+    assert not bool(out[2].isfinite())
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_nan_stays_in_its_row(backend, masked):
     """NaN in gives NaN out, in its row alone; what a mask leaves out is never read."""

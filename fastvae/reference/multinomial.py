@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.reductions import shift
 from ..core.special import upcast
 
 
@@ -52,7 +53,9 @@ def multinomial_log_prob(
     counts, wide, _ = _read(x, begins, columns, mask, logits)
     total = counts.sum(1)
     normaliser = torch.logsumexp(wide, 2)
-    each = torch.where(counts == 0, 0.0, counts * (wide - normaliser[..., None]))
+    # Relative to the largest logit, as large logits differ by little.
+    relative = wide - shift(wide.amax(2, keepdim=True))
+    each = torch.where(counts == 0, 0.0, counts * (relative - torch.logsumexp(relative, 2, keepdim=True)))
     value = each.sum(2)
     if coefficient:
         value = value + log_coefficient(counts).to(value.dtype)
