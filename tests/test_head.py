@@ -43,7 +43,7 @@ from .models import rand, randn
 K, B, D, H, X = 5, 3, 2, 4, 12
 EVENT = (3, 4)
 SIZES = strategies.distinct_sizes(4, largest=40, elements=20_000)
-HELD = {"row": lambda x: (x,), "number": lambda x: (1,)}
+CONSTANTS = {"row": lambda x: (x,), "number": lambda x: (1,)}
 HOW = BoundReduction(1.0, "log_mean_exp", "mean")
 ACTIVATIONS = [n + {"elu": ":0.7", "leaky_relu": ":0.2"}.get(n, "") for n in formulas.ACTIVATIONS]
 
@@ -103,7 +103,7 @@ def layers(draw):
         "bias": tensor((outputs - fixed) * size, spread=large) if draw(st.booleans()) else None,
     }
     for i in range(2):
-        shape = HELD[draw(st.sampled_from(sorted(HELD)))](size)
+        shape = CONSTANTS[draw(st.sampled_from(sorted(CONSTANTS)))](size)
         case[f"constant{i}"] = tensor(*shape) if i < fixed else None
     case |= {f"hidden{i}": t for i, t in enumerate(chain)}
     need = {n: t is not None and draw(st.booleans()) for n, t in case.items()}

@@ -100,7 +100,7 @@ def test_nan_reaches_values_and_gradients(backend):
         assert all(bool(f.isnan().all()) for f in found), at
 
 
-HELD = {
+FORMS = {
     "nothing": ({}, ("location", "log_scale", "log_df")),
     "df": ({"df": 4.0}, ("location", "log_scale")),
     "df of a pixel": ({"df": torch.linspace(1.0, 9.0, 7)}, ("location", "log_scale")),
@@ -111,10 +111,10 @@ HELD = {
 }
 
 
-@pytest.mark.parametrize("form", HELD)
+@pytest.mark.parametrize("form", FORMS)
 def test_parameters_fixed_or_learned_in_the_likelihood(backend, form):
     """The likelihood's fixed or learned parameters act as the op's, fused and by log_prob, with gradients."""
-    options, returned = HELD[form]
+    options, returned = FORMS[form]
     options = {n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
     likelihood = fastvae.likelihoods.StudentT(**options).to(DEVICE)
     x, outputs = randn(4, 7, seed=1), [0.5 * randn(3 * 4, 7, seed=2 + i) for i in range(3)]

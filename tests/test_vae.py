@@ -52,13 +52,13 @@ class UsesGlobal:
     """Callable whose code refers to a global module."""
 
     def __call__(self, x):
-        return HELD["net"].encode(x)
+        return GLOBALS["net"].encode(x)
 
     def method(self, x):
-        return HELD["net"].encode(x)
+        return GLOBALS["net"].encode(x)
 
 
-HELD = {}
+GLOBALS = {}
 
 
 class Trainer:
@@ -92,7 +92,7 @@ def callables():
     )
     yield "an object", net, Caller(net), dec, [enc]
     yield "defaults", net, lambda x, f=enc: f(x), lambda z, *, f=dec: f(z), (enc, dec)
-    HELD["net"] = net
+    GLOBALS["net"] = net
     yield "a method with a global", net, UsesGlobal().method, net.decode, [net]
     yield "an object with a global", net, UsesGlobal(), net.decode, [net]
     yield "compiled functions", net, torch.compile(lambda x: enc(x), backend="eager"), net.decode, [enc]
@@ -127,7 +127,7 @@ def test_a_vae_owns_the_parameters_of_its_callables(kind):
     vae.eval()
     assert not net.enc[1].training
     other, other_net = build(kind)
-    HELD["net"] = net
+    GLOBALS["net"] = net
     other.load_state_dict(vae.state_dict())
     for name, value in net.state_dict().items():
         assert torch.equal(other_net.state_dict()[name], value)
@@ -292,7 +292,7 @@ def test_copies_that_would_share_parameters_are_refused(how):
         "pickle": lambda vae: torch.save(vae, io.BytesIO()),
         "average": torch.optim.swa_utils.AveragedModel,
     }
-    HELD["net"] = net
+    GLOBALS["net"] = net
     functions = (lambda x: net(x), _of_a_global, functools.partial(_of_a_global), UsesGlobal().method)
     for encoder in (*functions, Caller(net), Trainer(net).encode):
         vae = fastvae.VAE(encoder, nn.Linear(D, X), modules=[net])

@@ -41,7 +41,7 @@ MOST_HIDDEN = 3
 # Tensors of each op: x [B, X], h [K·B, H], weight [m·X, H] and bias [m·X] of the first m outputs, and the
 # other outputs, each a row [X] or a number; then weight [W, V] and bias [W] of each hidden layer, whose
 # activations follow the likelihood.
-_INPUTS = "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? held0, Tensor? held1" + "".join(
+_INPUTS = "Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor? constant0, Tensor? constant1" + "".join(
     f", Tensor? hidden{i}, Tensor? hidden_bias{i}" for i in range(MOST_HIDDEN)
 )
 _TENSORS = 6 + 2 * MOST_HIDDEN
@@ -507,8 +507,8 @@ class Layers(NamedTuple):
     h: Tensor
     weight: Tensor
     bias: Tensor | None
-    held0: Tensor | None = None
-    held1: Tensor | None = None
+    constant0: Tensor | None = None
+    constant1: Tensor | None = None
     hidden: tuple[HiddenLayer, ...] = ()
 
     @property
