@@ -48,6 +48,8 @@ from .likelihood_parameters import (
 # Maximum tiles of a row per program where logarithms are shared: the product of four factors of up to 2 from
 # each tile must stay below 2^127.
 MAX_TILES = 28
+# Parts of a row that the reduction adds itself, which takes less time than another launch.
+MAX_ADDED = 16
 
 
 __all__ = ["bound_backward", "log_prob", "log_prob_backward"]
@@ -367,7 +369,7 @@ def log_prob_backward_kernel(
 
 @planned
 def _log_prob(x, mask, *rest) -> Call:
-    *given, likelihood = rest
+    *given, likelihood, in_parts = rest
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
     functions, _ = scalar_functions(likelihood.name)
@@ -375,10 +377,12 @@ def _log_prob(x, mask, *rest) -> Call:
     max_tiles = MAX_TILES if functions["SHARED_LOG"] else 0
     tiles = event_tiles(k, b, size, launching.tile, max_tiles=max_tiles)
     numbers, varies = described(all_parameters(tuple(given)))
+    splits = tiles.x_splits
+    in_parts = in_parts and 1 < splits <= MAX_ADDED
     return Call(
         log_prob_kernel,
         tiles.grid,
-        (Result((k, b), dtype, tiles.x_splits),),
+        (Result((splits, k, b), dtype) if in_parts else Result((k, b), dtype, splits),),
         (
             *(k, b, fixed(size), tiles.k_splits, tiles.x_tiles),
             *(*map(fixed, (*strides(x, 2), *strides(mask, 2))), *numbers),
@@ -396,17 +400,21 @@ def _log_prob(x, mask, *rest) -> Call:
 
 
 def log_prob(
-    likelihood: Any, x: torch.Tensor, mask: torch.Tensor | None, *parameters: torch.Tensor
+    likelihood: Any,
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    *parameters: torch.Tensor,
+    in_parts: bool = False,
 ) -> torch.Tensor:
     """Return log p(x|z) summed over the last axis: [K, B].
 
     x is [B, X]; the first parameter is [K, B, X], the others broadcast to it. Elements of x where the mask
-    [B, X] is False count 0.
+    [B, X] is False count 0. With ``in_parts`` the result may be [parts, K, B], whose sum is log p(x|z).
     """
     first = parameters[0]
     if first.numel() == 0:
         return x.new_zeros(first.shape[:2], dtype=accumulator(x, *parameters))
-    return _log_prob((x, mask, *parameters), (likelihood,))[0]
+    return _log_prob((x, mask, *parameters), (likelihood, in_parts))[0]
 
 
 def _layout(parameter: torch.Tensor | None, needed: bool, k: int, b: int, size: int) -> int:

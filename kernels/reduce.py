@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .common import LAUNCH, cdiv, load, split_program, store, strides, triton_dtype
 from .elementary import exp, log, quotient
-from .launching import MAX_PARTS, Call, Result, bits_of, planned
+from .launching import MAX_PARTS, PARTS, Call, Result, bits_of, planned
 from .logsumexp import finite_shift, next_block, tile
 
 
@@ -35,10 +35,16 @@ def term_factor(p_beta, coefficient, o_b, m_b, stride_beta, UNIT: tl.constexpr, 
 
 @triton.jit
 def log_weights(
-    p_log_likelihood, p_term, b_factor, o_k, o_b, mask, B, stride_k, stride_b, DTYPE: tl.constexpr
-):
+    p_log_likelihood, p_term, b_factor, o_k, o_b, mask, parts, K, B, stride_k, stride_b,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """Load a tile of log-likelihoods, and of the term times its factor (zero without a term)."""
     b_likelihood = load(p_log_likelihood, o_k * B + o_b, mask, DTYPE)
+    if SPLIT:
+        for i in range(1, parts, PARTS):
+            for j in tl.static_range(PARTS):  # loads that do not wait for each other
+                o_part = ((i + j) * K + o_k) * B + o_b
+                b_likelihood += load(p_log_likelihood, o_part, mask & (i + j < parts), DTYPE)
     b_added = tl.zeros_like(b_likelihood)
     if p_term is not None:
         b_term = load(p_term, o_k * stride_k + o_b * stride_b, mask, DTYPE)
@@ -47,21 +53,23 @@ def log_weights(
     return b_likelihood, b_added
 
 
-@triton.jit(do_not_specialize=["coefficient", "K"])
+@triton.jit(do_not_specialize=["coefficient", "parts", "K"])
 def reduce_kernel(
-    p_log_likelihood,  # [K, B] contiguous
+    p_log_likelihood,  # [K, B], or with SPLIT [parts, K, B] of which it is the sum; contiguous
     p_term,  # [K, B], or [B] with no stride along the samples, or None
     p_beta,  # [B], or [] with stride 0: a factor of the term, or None for 1
     p_bound,  # [B] out; with BATCH [programs], sums over the rows of each
     p_mean,  # [B] out, the mean log-likelihood, or None
     p_weights,  # [K, B] out, contiguous, or None
     coefficient,  # the bits of a further factor, where UNIT is 0
+    parts,
     K,  # samples
     B,  # rows
     blocks,  # blocks of rows of a program
     stride_k,  # strides of the term
     stride_b,
     stride_beta,
+    SPLIT: tl.constexpr,
     BATCH: tl.constexpr,  # reduction over the batch: "none", "sum" or "mean"
     UNIT: tl.constexpr,  # the further factor if it is 1 or -1, else 0
     LOG_MEAN_EXP: tl.constexpr,  # reduce samples by log-mean-exp; else by their mean
@@ -87,8 +95,9 @@ def reduce_kernel(
             o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
             mask = m_b & (o_k < K)
             b_likelihood, b_added = log_weights(
-                p_log_likelihood, p_term, b_factor, o_k, o_b, mask, B, stride_k, stride_b, DTYPE
-            )
+                p_log_likelihood, p_term, b_factor, o_k, o_b, mask, parts, K, B, stride_k, stride_b,
+                SPLIT, DTYPE,
+            )  # fmt: skip
             b_mean += b_likelihood
             b_term += b_added
             if LOG_MEAN_EXP:
@@ -109,8 +118,9 @@ def reduce_kernel(
                     o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
                     mask = m_b & (o_k < K)
                     b_likelihood, b_added = log_weights(
-                        p_log_likelihood, p_term, b_factor, o_k, o_b, mask, B, stride_k, stride_b, DTYPE
-                    )
+                        p_log_likelihood, p_term, b_factor, o_k, o_b, mask, parts, K, B, stride_k, stride_b,
+                        SPLIT, DTYPE,
+                    )  # fmt: skip
                     b_weight = quotient(exp(b_likelihood + b_added - b_shift), b_divisor)
                     b_weight = tl.where((b_weight < TINY) | (b_total == 0), 0.0, b_weight)
                     store(p_weights, o_k * B + o_b, b_weight, mask)
@@ -224,7 +234,7 @@ BATCH_SIZE = 4096
 
 @planned
 def _reduce(log_likelihood, term, beta, unit, log_mean_exp, terms, batch) -> Call:
-    k, b = log_likelihood.shape
+    *parts, k, b = log_likelihood.shape
     dtype = log_likelihood.dtype
     stride_term = (0, 0) if term is None else strides(term, 2) if term.dim() == 2 else (0, term.stride(0))
     block_k, block_b = tile(k, b)
@@ -240,8 +250,13 @@ def _reduce(log_likelihood, term, beta, unit, log_mean_exp, terms, batch) -> Cal
             Result((b,), dtype) if terms else None,
             Result((k, b), dtype) if log_mean_exp else None,
         ),
-        (k, b, blocks, *stride_term, _stride(beta)),
-        {"BATCH": batch, "LOG_MEAN_EXP": log_mean_exp, **_constants(dtype, unit, block_k, block_b)},
+        (*(parts or (1,)), k, b, blocks, *stride_term, _stride(beta)),
+        {
+            "SPLIT": bool(parts),
+            "BATCH": batch,
+            "LOG_MEAN_EXP": log_mean_exp,
+            **_constants(dtype, unit, block_k, block_b),
+        },
         LAUNCH["logsumexp"].warps(dtype),
     )
 
@@ -255,10 +270,12 @@ def reduce(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Reduce log_likelihood [K, B] and a term ([K, B], [B] or None) over samples.
 
+    log_likelihood may be the sum of the parts [parts, K, B].
+
     Returns the bound ([B], or its sum or mean), the mean log-likelihood [B] (None without ``terms``), and the
     normalised weights [K, B] (None if ``how.over`` is a mean).
     """
-    k, b = log_likelihood.shape
+    k, b = log_likelihood.shape[-2:]
     log_mean_exp = how.over == "log_mean_exp"
     if b > 0:
         unit, bits = unit_of(how)

@@ -464,6 +464,19 @@ def test_reduce_reads_once_for_the_sums_and_once_for_the_weights():
     assert launch.stores.keys() == {"p_grad", "p_grad_kl"}
 
 
+@pytest.mark.parametrize("over, reads", [("log_mean_exp", 2), ("mean", 1)])
+def test_a_row_in_parts_is_summed_by_the_reduction(over, reads):
+    """Parts are read as often as rows are, and no other launch adds them."""
+    k, b, size = 2, 3, 2500
+    x, logits, term = torch.rand(b, size), torch.randn(k, b, size), torch.randn(k, b)
+    (rows,) = run(lambda: likelihood.log_prob(DECLARED["bernoulli"], x, None, logits, in_parts=True))
+    parts = rows.tensors["p_out"].shape[0]
+    assert rows.tensors["p_out"].shape == (parts, k, b) and parts > 1
+    how, in_parts = BoundReduction(1.0, over, "mean"), torch.randn(parts, k, b)
+    (launch,) = run(lambda: reduce.reduce(in_parts, term, None, how, False))
+    assert_least(launch, {"p_log_likelihood": reads, "p_term": reads})
+
+
 @pytest.mark.parametrize("k, b", [(3, 50), (60, 300)])
 def test_the_bound_of_a_batch_is_summed_where_it_is_computed(k, b):
     """A small batch by one program; a large one leaves a sum for each program."""

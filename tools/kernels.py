@@ -257,6 +257,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                     lambda v=likelihood, t=term, b=beta, h=how: reduce.reduce(v, t, b, h, True),
                 )
                 yield (
+                    f"reduce of parts {label}",
+                    lambda v=tensor(7, k, b, dtype=dtype), t=term, b=beta, h=how: reduce.reduce(
+                        v, t, b, h, True
+                    ),
+                )
+                yield (
                     f"reduce_backward {label}",
                     lambda g=row, w=weights, b=beta, h=how, n=(k, b), t=term: reduce.reduce_backward(
                         g, None, w, b, h, *n, t.dim()

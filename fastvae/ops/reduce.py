@@ -197,7 +197,9 @@ class _Reduce(Op):
 
         def function(x, mask, *rest):
             parameters, (term, beta, how, terms) = rest[: self.number], rest[self.number :]
-            log_likelihood = rows(self.likelihood, x, mask, *_with_samples(x, parameters))
+            # Triton's reduction adds the parts of rows that several programs summed.
+            options = {"in_parts": True} if backend == "triton" and how.is_plain else {}
+            log_likelihood = rows(self.likelihood, x, mask, *_with_samples(x, parameters), **options)
             return finish(backend, how)(log_likelihood, term, beta, how, terms)
 
         return function
