@@ -136,7 +136,8 @@ FASTVAE_LOOP void add_exponential(int n, const C* __restrict s, C* __restrict to
   for (int i = 0; i < n; ++i) {
     const C value = s[i], most = top[i];
     const bool above = value > most;
-    const C e = exp_negative(above ? most - value : value - most);
+    // Equal infinities differ by nothing.
+    const C e = value == most ? C(1) : exp_negative(-abs_(value - most));
     sum[i] = above ? sum[i] * e + C(1) : sum[i] + e;
     top[i] = above ? value : most;
   }

@@ -73,7 +73,8 @@ def first_layer(
         b_a = tl.dot(b_h, b_u, b_a, input_precision=PRECISION)
     if p_c is not None:
         b_a += load(p_c, o_u, m_u, DTYPE)[None, :]
-    return ACTIVATION(b_a, PARAMETER).to(DOT)
+    # Beyond the layer, where infinite inputs give NaN, 0.
+    return tl.where(m_u[None, :], ACTIVATION(b_a, PARAMETER), 0.0).to(DOT)
 
 
 @triton.jit
@@ -90,13 +91,14 @@ def two_layers(
     for i_u in range(0, U, BLOCK_J):
         o_u = i_u + tl.arange(0, BLOCK_J)
         b_u = columns(b_h, p_u, p_c, o_u, U, V, stride_u_u, stride_u_v, DOT, DTYPE, PRECISION, BLOCK_V)
-        b_u = FIRST(b_u, A).to(DOT)
-        mask = (o_u < U)[:, None] & m_w[None, :]
+        m_u = o_u < U
+        b_u = tl.where(m_u[None, :], FIRST(b_u, A), 0.0).to(DOT)
+        mask = m_u[:, None] & m_w[None, :]
         b_w = load(p_w, o_w[None, :] * stride_w_w + o_u[:, None] * stride_w_u, mask, DOT)
         b_a = tl.dot(b_u, b_w, b_a, input_precision=PRECISION)
     if p_b is not None:
         b_a += load(p_b, o_w, m_w, DTYPE)[None, :]
-    return SECOND(b_a, B).to(DOT)
+    return tl.where(m_w[None, :], SECOND(b_a, B), 0.0).to(DOT)
 
 
 @triton.jit

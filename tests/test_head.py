@@ -1115,3 +1115,27 @@ for dtype in (torch.bfloat16, torch.float32):
         elif precision == "highest" and target != "gfx942":
             assert not units, (dtype, precision, target)
     assert len(found) == 16
+
+
+def test_each_weight_is_computed_once(backend):
+    """A parametrisation with a state, such as spectral norm's power iteration, steps once per call."""
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return weight * self.calls
+
+    layers, counts = [nn.Linear(4, 6).to(DEVICE) for _ in range(2)], [Counted() for _ in range(2)]
+    for layer, counted in zip(layers, counts, strict=True):
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", counted)
+    before = [c.calls for c in counts]
+    x, q = randn(3, 6, seed=1), randn(3, 4, seed=2)
+    for body in (nn.Linear(2, 4), nn.Sequential(nn.Linear(2, 4), nn.ReLU()), nn.GRUCell(2, 4)):
+        decoder = fastvae.FusedHead(body.to(DEVICE), *layers)
+        fastvae.iwae(x, q, decoder, k=3, likelihood="gaussian")
+        before = [n + 1 for n in before]
+        assert [c.calls for c in counts] == before

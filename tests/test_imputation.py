@@ -10,6 +10,7 @@ from torch import nn
 
 import fastvae
 from fastvae import likelihoods
+from fastvae.core.nested import where_observed
 from fastvae.distributions import Laplace, Mixture
 from fastvae.likelihoods.read import as_likelihood
 
@@ -316,3 +317,14 @@ def test_lines_of_conditional_models_with_shaped_latents():
     x, context = torch.randn(2, B, 2, 2, 2), torch.randn(B, 2)
     line = vae.interpolate(*x, steps=3, context=context)
     torch.testing.assert_close(line[1], (x.mean(0)[:, :2].flatten(1) + context[:, :1]))
+
+
+@pytest.mark.parametrize(
+    "dtype, fill", [(torch.uint8, 0.5), (torch.uint8, -1.0), (torch.int64, 0.5), (torch.bool, 2.0)]
+)
+def test_a_fill_that_integers_do_not_represent(dtype, fill):
+    """Integers are cast where the fill would be truncated, and kept elsewhere."""
+    x, mask = torch.ones(2, 3, dtype=dtype), torch.tensor([True, False, True]).expand(2, 3)
+    filled = where_observed(x, mask, fill)
+    assert filled.dtype == torch.get_default_dtype() and filled[0].tolist() == [1.0, fill, 1.0]
+    assert where_observed(x, mask, 0.0).dtype == dtype

@@ -45,6 +45,69 @@ def _run(likelihood, leaves, mask, grad=None):
     return out, torch.autograd.grad(out, asked, torch.ones_like(out) if grad is None else grad.to(out.dtype))
 
 
+def _probabilities(kind):
+    """Return a likelihood of natural outputs, x, and an output that is invalid under the mask alone."""
+    shown = 0.5 * rand(6, 4, seed=1) + 0.25
+    if kind == "categorical":
+        x = torch.randint(4, (6, 3), device=DEVICE)
+        return fastvae.likelihoods.Categorical(probs=True), x, shown[:, :, None].repeat(1, 1, 3)
+    likelihood = Bernoulli(probs=True) if kind == "bernoulli" else Poisson(rate=True)
+    return likelihood, torch.ones(6, 4, device=DEVICE), shown
+
+
+@pytest.mark.parametrize("bad", [-1.0, 7.0, math.inf, math.nan])
+@pytest.mark.parametrize("kind", ["bernoulli", "poisson", "categorical"])
+def test_probabilities_under_the_mask_are_not_checked(backend, kind, bad):
+    likelihood, x, shown = _probabilities(kind)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[:, 1] = False
+    spoiled = shown.clone()
+    spoiled[..., 1] = bad
+    q, k = randn(6, 4, seed=2), 3
+
+    def run(output):
+        output = output.repeat(k, *[1] * (output.dim() - 1)).requires_grad_()
+        seed = torch.Generator(DEVICE).manual_seed(0)
+        bound = fastvae.iwae(x, q, lambda z: output, k=k, likelihood=likelihood, mask=mask, generator=seed)
+        return bound.detach(), *torch.autograd.grad(bound, output)
+
+    for one, other in zip(run(spoiled), run(shown), strict=True):
+        torch.testing.assert_close(one, other)
+    if bad < 0:
+        with pytest.raises(ValueError, match="the decoder returned values in"):
+            fastvae.elbo(x, q, lambda z: spoiled, likelihood=likelihood)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_a_mixture_reads_nothing_under_the_mask(backend, bad):
+    """Missing pixels of any value, and outputs for them, change neither the bound nor a gradient."""
+    likelihood = fastvae.likelihoods.DiscretizedLogisticMixture(16)
+    x = torch.randint(16, (5, 3, 2, 3), device=DEVICE).float() / 15
+    mask = rand(5, 3, 2, 3, seed=1) < 0.7
+    mask[0, :, 0, 0] = False
+    shapes = (5, 4, 2, 3), *[(5, 4, 3, 2, 3)] * 3
+    outputs = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    seen = mask[:, None]
+    hidden = [seen.any(2), seen, seen, seen[:, :, [1, 2, 2]]]
+    spoiled = [torch.where(m, t, bad) for m, t in zip(hidden, outputs, strict=True)]
+    q = randn(5, 4, seed=9)
+
+    def run(x, outputs):
+        outputs = [t.detach().requires_grad_() for t in outputs]
+        bound = fastvae.elbo(x, q, lambda z: tuple(outputs), likelihood=likelihood, mask=mask,
+                             generator=torch.Generator(DEVICE).manual_seed(0))  # fmt: skip
+        return bound.detach(), *torch.autograd.grad(bound, outputs)
+
+    found = run(torch.where(mask, x, bad), spoiled)
+    for one, other in zip(found, run(torch.where(mask, x, 0.0), outputs), strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(bool((g[~m.expand_as(g)] == 0).all()) for g, m in zip(found[1:], hidden, strict=True))
+    # A NaN elsewhere does not excuse a value off the grid.
+    off = torch.where(mask, 3 * x + 1, math.nan)
+    with pytest.raises(ValueError, match="must be on the grid of 16 values"):
+        fastvae.elbo(off, q, lambda z: tuple(outputs), likelihood=likelihood, mask=mask)
+
+
 @each
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_against_distributions(backend, likelihood, columns):

@@ -95,6 +95,22 @@ def test_without_overdispersion_it_is_poisson(backend, t):
     torch.testing.assert_close(by_dispersion, torch.zeros_like(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("x, t", [(1e6, -76.0), (100.0, -85.0), (3.0, -87.3), (1.0, -88.5), (2.0, -100.0)])
+def test_counts_of_a_vanishing_dispersion(backend, x, t):
+    """Log p is about t - log x, however small θ is, and its slope by t is 1."""
+    x, mean, t = (torch.tensor([[v]], device=DEVICE) for v in (x, 0.0, t))
+    t.requires_grad_()
+    for op, more in (
+        (ops.negative_binomial_log_prob, ()),
+        (ops.zero_inflated_negative_binomial_log_prob, (0.0,)),
+    ):
+        value = op(x, mean, t, *more)
+        expected = t.detach()[0] - x[0].log() - (math.log(2) if more else 0.0)
+        torch.testing.assert_close(value.detach(), expected, rtol=1e-6, atol=0)
+        (slope,) = torch.autograd.grad(value, t)
+        torch.testing.assert_close(slope, torch.ones_like(slope))
+
+
 def test_certain_zeros_and_impossible_counts(backend):
     x = torch.tensor([[0.0], [3.0], [0.0], [3.0]], device=DEVICE)
     mean = torch.tensor([[-math.inf], [-math.inf], [math.inf], [math.inf]], device=DEVICE)

@@ -246,6 +246,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (f32, f64):
         for k, b in ((1, 1024), (50, 128), (5000, 16)):
             likelihood, row = tensor(k, b, dtype=dtype), tensor(b, dtype=dtype)
+            parts = tensor(7, k, b, dtype=dtype)
             beta = None if k == 50 else row
             for how, term, weights in (
                 (BoundReduction(-1.0, "mean", "none" if k == 50 else "mean"), row, None),
@@ -258,9 +259,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 )
                 yield (
                     f"reduce of parts {label}",
-                    lambda v=tensor(7, k, b, dtype=dtype), t=term, b=beta, h=how: reduce.reduce(
-                        v, t, b, h, True
-                    ),
+                    lambda v=parts, t=term, b=beta, h=how: reduce.reduce(v, t, b, h, True),
                 )
                 yield (
                     f"reduce_backward {label}",

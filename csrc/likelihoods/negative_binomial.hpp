@@ -12,11 +12,14 @@ struct NegativeBinomial : Declaration {
   static constexpr bool kGradientTakesData = true, kSparse = true, kSparseGradient = true;
   static constexpr double kLow = 0;
 
+  // Below it theta, negligible against counts, is replaced by exp(kLeast), a normal number.
+  template <class C>
+  static constexpr C kLeast = sizeof(C) == 4 ? C(-86) : C(-700);
   // theta, Stirling's errors of its gamma function and of its digamma, and t, clamped near the end of
   // float32's range.
   template <class C>
   static FASTVAE_INLINE Prepared<C> prepare(C t) {
-    const C top = t > C(85) ? C(85) : t, theta = exp_(top);
+    const C top = t > C(85) ? C(85) : t, theta = exp_(top < kLeast<C> ? kLeast<C> : top);
     return {C(0), theta, stirling_error(theta, top), digamma_excess(theta, top), top};
   }
   // log x in two parts; for x = 0 a value far below any log mean.
@@ -76,7 +79,8 @@ struct NegativeBinomial : Declaration {
             near = least * exponential_.less_line - n * log.rest;
     const C distance = abs_(signed_d) < C(1) ? near : far;
     // log p where the mean equals x: the Stirling errors of the gamma functions.
-    const C spread = log1p_(e.x / theta);
+    const C quotient = e.x / theta;  // may be infinite
+    const C spread = quotient < C(1e30) ? log1p_(quotient) : e.d0 - e.q3;
     const C own = (stirling_error(n, e.q3 + spread) - e.q1) - C(0.5) * spread;
     const C of_zero = small ? exponential_.whole : theta * (log.log + above);
     return zero ? -of_zero : own - distance;
@@ -97,7 +101,7 @@ struct NegativeBinomial : Declaration {
     const C k = exp_negative(-most), large = C(1) / (C(1) + k), small = k * large;
     const C of_theta = above ? small : large, of_mean = above ? large : small;
     const C pull = near ? -e.x * expm1_(d) * of_theta : e.x * of_theta - theta * of_mean;
-    const C u = (n / theta) * of_theta, beyond = above ? size - most : C(0);
+    const C u = n * (of_theta / theta), beyond = above ? size - most : C(0);
     const C rest = rest_of_log(pull / theta, u) + beyond;
     const C gamma = C(0.5) * (e.x * inverse) + (e.q2 - theta * inverse * digamma_excess(n, log_(n)));
     return {pull - theta * rest, pull, (zero ? C(0) : gamma) - theta * rest};

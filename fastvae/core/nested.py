@@ -185,10 +185,21 @@ def as_mask(mask: Any, x: Any, name: str = "mask") -> Any:
 
 
 def where_observed(x: Any, mask: Any, fill: float) -> Any:
-    """Return x with ``fill`` where the mask, that of :func:`as_mask`, is False."""
+    """Return x with ``fill`` where the mask, that of :func:`as_mask`, is False.
+
+    Integers are cast to the default dtype if theirs does not represent ``fill``.
+    """
     if isinstance(x, Mapping):
         return {n: where_observed(part, mask[n], fill) if n in mask else part for n, part in x.items()}
+    if not (x.is_floating_point() or _represents(x.dtype, fill)):
+        x = x.to(torch.get_default_dtype())
     return torch.where(mask, x, torch.full((), fill, dtype=x.dtype, device=x.device))
+
+
+def _represents(dtype: torch.dtype, value: float) -> bool:
+    """Return True if an integer dtype, or bool, represents the value."""
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return low <= value <= high and float(value).is_integer()
 
 
 def as_size_factor(size_factor: Any, x: Any, name: str = "size_factor") -> Any:

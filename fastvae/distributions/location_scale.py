@@ -11,7 +11,8 @@ from torch import Tensor
 from torch import distributions as td
 
 from .. import random
-from ..core.checks import check_same_device, check_same_shape, check_tensor
+from ..core.checks import check_same_device, check_same_shape, check_tensor, may_look
+from ..core.torch_private import functorch_is_active
 from ..ops.op import accumulator
 from .base import Distribution, Located, hold, is_still
 from .words import count_latents
@@ -324,6 +325,8 @@ class StudentT(LocationScale):
             if not isinstance(df, (int, float)) or not 0 < df < math.inf:
                 raise ValueError(f"df must be a number above 0, or a tensor of such; got {df!r}")
             df = torch.tensor(float(df), dtype=torch.float64, device=loc.device)
+        elif may_look(df) and not functorch_is_active() and bool((df <= 0).any()):
+            raise ValueError(f"df must be above 0 everywhere; got a tensor with {float(df.min()):g}")
         hold(self, df=df)
 
     @property

@@ -301,26 +301,27 @@ class FusedHead(nn.Module):
         hidden: tuple[HiddenLayer, ...] = ()
         if len(args) == 1 and _is_forward_alone(self.body):
             h, rest = _run_to_hidden_layers(lambda: _opened(self.body), args[0])
-            weights, biases = zip(*[(layer.weight, layer.bias) for layer in layers], strict=True)
+            weights, biases = _read_once(layers)
             hidden = _deferrable(h, rest, weights, biases)
             h = h if hidden else _run(rest, h)
         else:
             h = self.body(*args)
+            weights, biases = _read_once(layers)
         for i, layer in enumerate(layers):
-            self._check(i, layer, None if hidden else h)
+            self._check(i, layer, weights[i], biases[i], None if hidden else h)
         keep = _attached if torch.is_grad_enabled() else torch.Tensor.detach
         kind = h.device.type
         if torch.is_autocast_enabled(kind) and h.dtype != torch.float64:
             # Cast as autocast would for the layers.
             dtype = torch.get_autocast_dtype(kind)
-            weights = tuple([keep(layer.weight).to(dtype) for layer in layers])
-            biases = tuple([None if layer.bias is None else keep(layer.bias).to(dtype) for layer in layers])
+            weights = tuple([keep(w).to(dtype) for w in weights])
+            biases = tuple([None if b is None else keep(b).to(dtype) for b in biases])
             return deferred_layer(keep(h).to(dtype), weights, biases, self.event, requested=True)
-        for t in (t for layer in layers for t in (layer.weight, layer.bias) if t is not None):
+        for t in (t for t in (*weights, *biases) if t is not None):
             if t.dtype != h.dtype:
                 raise TypeError(f"h has dtype {h.dtype} and a last layer {t.dtype}; cast one of them")
-        weights = tuple([keep(layer.weight) for layer in layers])
-        biases = tuple([None if layer.bias is None else keep(layer.bias) for layer in layers])
+        weights = tuple([keep(w) for w in weights])
+        biases = tuple([None if b is None else keep(b) for b in biases])
         hidden = tuple([HiddenLayer(keep(w), None if b is None else keep(b), a) for w, b, a in hidden])
         return deferred_layer(keep(h), weights, biases, self.event, hidden, requested=True)
 
@@ -328,7 +329,7 @@ class FusedHead(nn.Module):
         return "" if self.event is None else f"event={self.event}"
 
     @staticmethod
-    def _check(i: int, layer: Any, h: Any) -> None:
+    def _check(i: int, layer: Any, weight: Tensor, bias: Tensor | None, h: Any) -> None:
         """Reject a layer whose call is more than its product, and an incompatible input, if one is given."""
         hooks = has_hooks(layer)
         if hooks or _is_replaced(layer):
@@ -346,11 +347,16 @@ class FusedHead(nn.Module):
                 f"the body of FusedHead returned {came}; expected h [N, {layer.in_features}], the input of "
                 f"layer {i}; torch.nn.Flatten() at its end makes a picture such"
             )
-        if layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]:
+        if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"layer {i} of FusedHead has a bias {shape_of(layer.bias)}; expected [X] = "
-                f"{list(layer.weight.shape[:1])}"
+                f"layer {i} of FusedHead has a bias {shape_of(bias)}; expected [X] = {list(weight.shape[:1])}"
             )
+
+
+def _read_once(layers: Sequence[Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """Return the layers' weights and biases; a parametrisation computes one in each access."""
+    weights, biases = zip(*[(layer.weight, layer.bias) for layer in layers], strict=True)
+    return weights, biases
 
 
 def _attached(tensor: Tensor) -> Tensor:

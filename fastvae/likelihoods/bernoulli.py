@@ -61,8 +61,8 @@ class Bernoulli(Declared):
         if probs:
             self.converts, self.reads = True, ""  # type: ignore[misc]
 
-    def _natural(self, parameters: Any) -> Any:
-        return logits_of(parameters, "Bernoulli(probs=True)") if self.probs else parameters
+    def _natural(self, parameters: Any, seen: Tensor | None = None) -> Any:
+        return logits_of(parameters, "Bernoulli(probs=True)", seen) if self.probs else parameters
 
     def extra_repr(self) -> str:
         return "probs=True" if self.probs else ""

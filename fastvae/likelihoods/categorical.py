@@ -75,12 +75,14 @@ class Categorical(Likelihood):
             return super().log_likelihood(x, parameters, samples, conditioning)
         if conditioning is not None and conditioning.size_factor is not None:
             raise self.no_size()
-        x, parameters = signed(x), self._logits(parameters)
+        mask = None if conditioning is None else conditioning.mask
+        seen = mask.unsqueeze(self.axis) if mask is not None else None
+        x, parameters = signed(x), self._logits(parameters, seen)
         self._check(x, parameters, samples)
-        if conditioning is not None and conditioning.mask is not None:
+        if mask is not None:
             # In a dtype that represents ignore_index.
             wide = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x.long()
-            x = torch.where(conditioning.mask, wide, self.ignore_index)
+            x = torch.where(mask, wide, self.ignore_index)
         return categorical_rows(x, parameters, self.ignore_index, self.axis).reshape(samples, len(x))
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
@@ -141,8 +143,8 @@ class Categorical(Likelihood):
                 f"x of {shape_of(x)}{classes_hint(x, logits, self.axis)}"
             )
 
-    def _logits(self, parameters: Any) -> Any:
-        return log_of(parameters, "Categorical(probs=True)", *SHARES) if self.probs else parameters
+    def _logits(self, parameters: Any, seen: Tensor | None = None) -> Any:
+        return log_of(parameters, "Categorical(probs=True)", *SHARES, seen) if self.probs else parameters
 
     def extra_repr(self) -> str:
         own = [

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import check_data, check_same_device, check_tensor, shape_of
+from ..core.checks import as_int64, check_data, check_same_device, check_tensor, shape_of
 from ..core.nested import Conditioning
 from ..ops.categorical import Classes, column_rows
 from ..ops.op import accumulator
@@ -80,14 +80,17 @@ class _Group:
         likelihood = self.likelihood
         if isinstance(likelihood, Categorical):
             if mask is not None:
-                x = torch.where(mask, x, likelihood.ignore_index)
-            logits = likelihood._logits(outputs[0])
+                # In a dtype that represents ignore_index.
+                x = torch.where(mask, as_int64(x), likelihood.ignore_index)
+            widths = torch.tensor([p.width for p in self.places], device=outputs[0].device)
+            seen = None if mask is None or not likelihood.probs else mask.repeat_interleave(widths, 1)
+            logits = likelihood._logits(outputs[0], seen)
             return column_rows(x, self.begins, logits, likelihood.ignore_index).reshape(samples, len(x))
         assert isinstance(likelihood, Declared)
         if len(self.places) == 1 or type(likelihood).log_likelihood is not Declared.log_likelihood:
             given = outputs if len(outputs) > 1 else outputs[0]
             return likelihood.log_likelihood(x, given, samples, Conditioning.of(mask, None, None))
-        natural = likelihood._natural(outputs if len(outputs) > 1 else outputs[0])
+        natural = likelihood._natural(outputs if len(outputs) > 1 else outputs[0], mask)
         returned = natural if isinstance(natural, tuple) else (natural,)
         spread = [p.unflatten(0, (samples, len(x))) for p in returned]
         return likelihood._op(x, *likelihood._arranged(spread, self._given(x, outputs[0])), mask=mask)

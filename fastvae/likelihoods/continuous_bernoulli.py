@@ -64,8 +64,8 @@ class ContinuousBernoulli(Declared):
         if probs:
             self.converts, self.reads = True, ""  # type: ignore[misc]
 
-    def _natural(self, parameters: Any) -> Any:
-        return logits_of(parameters, "ContinuousBernoulli(probs=True)") if self.probs else parameters
+    def _natural(self, parameters: Any, seen: Tensor | None = None) -> Any:
+        return logits_of(parameters, "ContinuousBernoulli(probs=True)", seen) if self.probs else parameters
 
     def extra_repr(self) -> str:
         return "probs=True" if self.probs else ""

@@ -107,7 +107,7 @@ class Declared(Likelihood):
             drawn = [p[0] if len(p) == 1 else p for p in zip(*(p.chunk(samples) for p in parts), strict=True)]
             return torch.cat([super(Declared, self).log_likelihood(x, p, 1, conditioning) for p in drawn])
         mask, size_factor, _ = conditioning or _NOTHING
-        parameters = self._natural(parameters)
+        parameters = self._natural(parameters, mask)
         given = self._given(x)
         returned = self._sized(self._read(x, parameters, samples, given), samples, size_factor)
         spread = [p.reshape(samples, *x.shape) for p in returned]
@@ -190,7 +190,7 @@ class Declared(Likelihood):
             return self.name, _flat(x), parameters, None
         mask, size_factor, _ = conditioning or _NOTHING
         given = self._given(x)
-        parameters = self._natural(parameters)
+        parameters = self._natural(parameters, mask)
         returned = parameters if type(parameters) is tuple else (parameters,)
         if len(returned) + len(given) == len(self.outputs) and are_outputs(x, samples, returned):
             if not given:
@@ -225,8 +225,8 @@ class Declared(Likelihood):
         of_z = first if isinstance(first, Tensor) else x
         return self.name, self._arranged(self._read(of_z, parameters, 1, given), given)
 
-    def _natural(self, parameters: Any) -> Any:
-        """Convert the decoder's output to the declared outputs."""
+    def _natural(self, parameters: Any, seen: Tensor | None = None) -> Any:
+        """Convert the decoder's output to the declared outputs; ``seen`` is a mask [B, *event] or None."""
         return parameters
 
     def read_output(

@@ -70,18 +70,22 @@ class DiscretizedLogisticMixture(Likelihood):
         self.levels, self.low, self.high = levels, float(low), float(high)
 
     def check(self, x: Any, name: str = "x") -> None:
-        x = check_data(x, self, name)
-        if may_look(x):
-            level = self._levels_of(x)
-            off = (level - level.round()).abs().amax()
-            if bool(level.amin() < -0.01) or bool(level.amax() > self.levels - 0.99) or bool(off > 0.01):
-                low, high = (self.low, self.high) if x.is_floating_point() else (0, self.levels - 1)
-                raise ValueError(
-                    f"{name} holds values in [{float(x.amin()):g}, {float(x.amax()):g}], but must be on the "
-                    f"grid of {self.levels} values from {low:g} to {high:g}; for data with other ends give "
-                    "low= and high=, for other grids levels=, for data with noise a density such as "
-                    "'logistic'"
-                )
+        check_data(x, self, name)
+
+    def _check_grid(self, x: Tensor, mask: Tensor | None) -> None:
+        """Validate that observed pixels are on the grid; NaN in gives NaN out."""
+        if not may_look(x):
+            return
+        seen = ~x.isnan() if mask is None else mask & ~x.isnan()
+        level = torch.where(seen, self._levels_of(x), 0.0)
+        off = (level - level.round()).abs().amax()
+        if bool(level.amin() < -0.01) or bool(level.amax() > self.levels - 0.99) or not bool(off <= 0.01):
+            low, high = (self.low, self.high) if x.is_floating_point() else (0, self.levels - 1)
+            raise ValueError(
+                f"x holds values in [{float(x[seen].amin()):g}, {float(x[seen].amax()):g}], but must be on "
+                f"the grid of {self.levels} values from {low:g} to {high:g}; for data with other ends give "
+                "low= and high=, for other grids levels=, for data with noise a density such as 'logistic'"
+            )
 
     def log_likelihood(
         self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None
@@ -91,6 +95,7 @@ class DiscretizedLogisticMixture(Likelihood):
         mask, size_factor, _ = conditioning or Conditioning()
         if size_factor is not None:
             raise self.no_size()
+        self._check_grid(x, mask)
         x, parts = self._read(x, parameters, samples)
         if mask is not None:
             return self._masked(x, parts, mask.reshape(x.shape)).reshape(samples, len(x))
@@ -182,7 +187,7 @@ class DiscretizedLogisticMixture(Likelihood):
         return scaled.unsqueeze(1) if one else scaled, [*parts, *[None] * (4 - len(parts))]
 
     def _masked(self, x: Tensor, parts: list[Tensor | None], mask: Tensor) -> Tensor:
-        """Return log p [N] of the observed channels, in plain PyTorch."""
+        """Return log p [N] of the observed channels, in plain PyTorch; the others' outputs are not read."""
         logits, location, log_scale, coefficients = (
             None if p is None else p.flatten(3 if i else 2).to(torch.promote_types(p.dtype, torch.float32))
             for i, p in enumerate(parts)
@@ -190,10 +195,14 @@ class DiscretizedLogisticMixture(Likelihood):
         assert logits is not None and location is not None and log_scale is not None
         k = len(logits) // max(1, len(x))
         x, mask = (v.flatten(2).repeat(k, 1, 1)[:, None] for v in (torch.where(mask, x, 0.0), mask))
+        seen = mask.any(2)[:, 0]
+        logits = torch.where(seen[:, None], logits, 0.0)
+        location, log_scale = (torch.where(mask, p, 0.0) for p in (location, log_scale))
         if coefficients is not None:
+            # Each belongs to the channel that it moves.
+            coefficients = torch.where(mask[:, :, [1, 2, 2]], coefficients, 0.0)
             location = coupled(x, location, coefficients)
         own = torch.where(mask, cell_log_prob(x, location, log_scale, self._half), 0.0).sum(2)
-        seen = mask.any(2)[:, 0]
         log_p = torch.logsumexp(logits + own, 1) - torch.logsumexp(logits, 1)
         return torch.where(seen, log_p, 0.0).sum(1)
 

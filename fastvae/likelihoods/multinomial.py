@@ -68,8 +68,8 @@ class Multinomial(Likelihood):
         own = [*["coefficient=False"] * (not self.coefficient), *["probs=True"] * self.probs]
         return ", ".join(own)
 
-    def _logits(self, parameters: Any) -> Any:
-        return log_of(parameters, "Multinomial(probs=True)", *SHARES) if self.probs else parameters
+    def _logits(self, parameters: Any, seen: Tensor | None = None) -> Any:
+        return log_of(parameters, "Multinomial(probs=True)", *SHARES, seen) if self.probs else parameters
 
     def check(self, x: Any, name: str = "x") -> None:
         if type(self).log_prob is not Multinomial.log_prob and isinstance(x, Tensor):
@@ -84,7 +84,7 @@ class Multinomial(Likelihood):
         mask, size_factor, _ = conditioning or Conditioning()
         if size_factor is not None:
             raise self.no_size()
-        logits = self._logits(parameters)
+        logits = self._logits(parameters, mask)
         self._check(x, logits, samples)
         return multinomial_rows(x, logits, mask, self.coefficient).reshape(samples, x.shape[0])
 

@@ -85,23 +85,26 @@ def log_of_positive(value: Tensor) -> Tensor:
     return log.expand(value.shape)
 
 
-def logits_of(probs: Any, owner: str) -> Any:
-    """Return the logits of independent probabilities."""
+def logits_of(probs: Any, owner: str, seen: Tensor | None = None) -> Any:
+    """Return the logits of independent probabilities; ``seen`` as in :func:`log_of`."""
     if type(probs) is Natural:
         return probs.value
     if not _is_numbers(probs):
         return probs
-    _check(probs, 1.0, owner, "probabilities in [0, 1]", "logits")
+    _check(probs, 1.0, owner, "probabilities in [0, 1]", "logits", seen)
     return _Logarithm.apply(probs, True)  # type: ignore[no-untyped-call]
 
 
-def log_of(values: Any, owner: str, what: str, instead: str) -> Any:
-    """Return the logarithms of rates, or of probabilities up to a common factor."""
+def log_of(values: Any, owner: str, what: str, instead: str, seen: Tensor | None = None) -> Any:
+    """Return the logarithms of rates, or of probabilities up to a common factor.
+
+    Where ``seen``, a mask broadcastable to an example's values [B, ...], is False, they may be out of range.
+    """
     if type(values) is Natural:
         return values.value
     if not _is_numbers(values):
         return values
-    _check(values, float("inf"), owner, f"{what} at or above 0", instead)
+    _check(values, float("inf"), owner, f"{what} at or above 0", instead, seen)
     return _Logarithm.apply(values, False)  # type: ignore[no-untyped-call]
 
 
@@ -110,17 +113,32 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _check(values: Tensor, high: float, owner: str, expected: str, instead: str) -> None:
+def _check(values: Tensor, high: float, owner: str, expected: str, instead: str, seen: Tensor | None) -> None:
     known = type(values) is Tensor and not functorch_is_active()
     if not known or not may_look(values):
         return
     least, most = (float(v) for v in values.detach().aminmax())
     # Written so that NaN passes: NaN in gives NaN out.
-    if least < 0 or most > high:
+    outside = least < 0 or most > high
+    if outside and seen is not None and _fits(seen, values):
+        rows = values.detach().unflatten(0, (-1, len(seen)))
+        least, most = (float(v) for v in torch.where(seen, rows, 0.0).aminmax())
+        outside = least < 0 or most > high
+    if outside:
         raise ValueError(
             f"the decoder returned values in [{least:g}, {most:g}], but {owner} reads {expected}; for a "
             f"decoder that returns {instead} leave the option out"
         )
+
+
+def _fits(seen: Tensor, values: Tensor) -> bool:
+    """Return True if a mask [B, ...] broadcasts to values [K·B, ...]; other shapes raise elsewhere."""
+    own, of_values = seen.shape[1:], values.shape[1:]
+    return (
+        len(values) % len(seen) == 0
+        and len(own) == len(of_values)
+        and all([n in (1, m) for n, m in zip(own, of_values, strict=True)])
+    )
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -15,6 +15,8 @@ from .scaled import OwnParameter, Scaled
 
 # Clamps: the log inverse dispersion, and other exponents, near the end of float32's range.
 _TOP, _MOST = 85.0, 87.0
+# Below it θ, negligible against counts, is replaced by its exponential, a normal number.
+_LEAST = {torch.float32: -86.0, torch.float64: -700.0}
 
 
 class Overdispersed(Scaled):
@@ -102,7 +104,7 @@ class NegativeBinomial(Overdispersed):
     @staticmethod
     def value(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> Tensor:
         t = log_inverse_dispersion.clamp(max=_TOP)
-        theta = torch.exp(t)
+        theta = torch.exp(t.clamp(min=_LEAST[t.dtype]))
         n = x + theta
         w, v = x / n, theta / n
         d, ratio = log_mean - torch.log(x), log_mean - t
@@ -114,7 +116,9 @@ class NegativeBinomial(Overdispersed):
         outside = torch.where(beyond > 0, (n - least) * beyond, -least * beyond)
         far = n * torch.log1p(y) - least * clamped + outside
         distance = torch.where(s.abs() < 1, least * expm1_minus(clamped) - n * log1p_rest(y), far)
-        own = stirling_error(n) - stirling_error(theta) - 0.5 * torch.log1p(x / theta)
+        quotient = x / theta  # may be infinite
+        spread = torch.where(quotient < 1e30, torch.log1p(quotient), torch.log(x) - t)
+        own = stirling_error(n) - stirling_error(theta) - 0.5 * (spread + (_LEAST[t.dtype] - t).clamp(min=0))
         low = ratio.clamp(max=_MOST)
         # For mean << theta, theta log(1 + mean / theta) is the mean.
         of_zero = theta * (torch.log1p(torch.exp(low)) + (ratio - low))
@@ -136,7 +140,7 @@ class NegativeBinomial(Overdispersed):
     def draw(
         log_mean: Tensor, log_inverse_dispersion: Tensor, *, generator: torch.Generator | None
     ) -> Tensor:
-        theta = torch.exp(log_inverse_dispersion.clamp(max=_TOP))
+        theta = torch.exp(log_inverse_dispersion.float().clamp(_LEAST[torch.float32], _TOP))
         gamma = standard_gamma(theta, generator)
         return torch.poisson(torch.exp(log_mean) * (gamma / theta), generator=generator)
 
@@ -144,14 +148,14 @@ class NegativeBinomial(Overdispersed):
 def slopes(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log p of a count of 0, and the derivatives by log mean and log inverse dispersion."""
     t = log_inverse_dispersion.clamp(max=_TOP)
-    theta = torch.exp(t)
+    theta = torch.exp(t.clamp(min=_LEAST[t.dtype]))
     n, d = x + theta, log_mean - torch.log(x)
     ratio = (log_mean - t).clamp(-_MOST, _MOST)
     of_theta = torch.sigmoid(-ratio)
     pull = torch.where(
         d.abs() < 1, -x * torch.expm1(d) * of_theta, x * of_theta - theta * torch.sigmoid(ratio)
     )
-    r, u = pull / theta, n / theta * of_theta
+    r, u = pull / theta, n * (of_theta / theta)
     rest = torch.where(r.abs() < 0.25, log1p_rest(r), r - torch.log(u)) + (log_mean - t - ratio).clamp(min=0)
     gamma = 0.5 * (x / n) + (digamma_excess(theta) - theta / n * digamma_excess(n))
     return pull - theta * rest, pull, torch.where(x == 0, 0.0, gamma) - theta * rest

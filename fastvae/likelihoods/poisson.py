@@ -56,8 +56,10 @@ class Poisson(Declared):
         if rate:
             self.converts, self.reads = True, ""  # type: ignore[misc]
 
-    def _natural(self, parameters: Any) -> Any:
-        return log_of(parameters, "Poisson(rate=True)", "rates", "log rates") if self.rate else parameters
+    def _natural(self, parameters: Any, seen: Tensor | None = None) -> Any:
+        return (
+            log_of(parameters, "Poisson(rate=True)", "rates", "log rates", seen) if self.rate else parameters
+        )
 
     def extra_repr(self) -> str:
         return "rate=True" if self.rate else ""

@@ -33,12 +33,21 @@ def clamped(v):
 
 
 @triton.jit
+def theta_of(t):
+    """Compute the inverse dispersion; where negligible against counts, as the least normal number."""
+    least: tl.constexpr = -700.0 if t.dtype == tl.float64 else -86.0
+    return exp(tl.where(t < least, least, t))
+
+
+@triton.jit
 def value(x, log_x, log_mean, log_inverse_dispersion):
     t = tl.where(log_inverse_dispersion > TOP, TOP, log_inverse_dispersion)
-    theta = exp(t)
+    theta = theta_of(t)
     n = x + theta
     # log p where the mean equals x: the Stirling errors of the gamma functions.
-    spread, _ = log1p_and_rest(x / theta)
+    quotient = x / theta  # may be infinite
+    spread, _ = log1p_and_rest(quotient)
+    spread = tl.where(quotient < 1e30, spread, log_x[0] - t)
     own = (stirling_error(n, t + spread) - stirling_error(theta, t)) - 0.5 * spread
     inverse = 1.0 / n
     w, v = x * inverse, theta * inverse
@@ -68,7 +77,7 @@ def value(x, log_x, log_mean, log_inverse_dispersion):
 def slopes(x, log_mean, log_inverse_dispersion):
     """Compute log p of a count of 0, and the slopes by log mean and by log inverse dispersion."""
     t = tl.where(log_inverse_dispersion > TOP, TOP, log_inverse_dispersion)
-    theta = exp(t)
+    theta = theta_of(t)
     n = x + theta
     high, low = log_in_parts(x)
     zero = x == 0
@@ -82,7 +91,7 @@ def slopes(x, log_mean, log_inverse_dispersion):
     of_mean = tl.where(ratio > 0, large, k * large)
     less_one, _ = expm1_parts(clamped(d))
     pull = tl.where(tl.abs(d) < 1, -x * less_one * of_theta, x * of_theta - theta * of_mean)
-    rest = rest_of_log(pull / theta, (n / theta) * of_theta) + tl.maximum(ratio - top, 0.0)
+    rest = rest_of_log(pull / theta, n * (of_theta / theta)) + tl.maximum(ratio - top, 0.0)
     gamma = 0.5 * (x / n) + (digamma_excess(theta, t) - theta / n * digamma_excess(n, log(n)))
     return pull - theta * rest, pull, tl.where(zero, 0.0, gamma) - theta * rest
 
