@@ -1315,6 +1315,11 @@ MISTAKES = {
         ValueError,
         ["df", "above 0", "0"],
     ),
+    "a tensor with no degrees of freedom": (
+        lambda: StudentT(zeros(B, D), zeros(B, D), zeros(B, D)),
+        ValueError,
+        ["df", "above 0 everywhere", "0"],
+    ),
     "no components": (lambda: Mixture([]), TypeError, ["components", "at least one"]),
     "components of other batches": (
         lambda: Mixture([(zeros(B, D), zeros(B, D)), (zeros(2, D), zeros(2, D))]),
