@@ -649,6 +649,20 @@ def test_closed_forms_of_torch_are_used(no_earlier_warning):
     torch.testing.assert_close(terms.kl, td.kl_divergence(*together))
 
 
+@pytest.mark.parametrize("family", [td.Laplace, td.Gumbel])
+def test_independent_dimensions_have_the_kl_of_the_family(family):
+    """Independent(q, 1) with the standard prior has the closed form that q has."""
+    x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
+    q = family(randn(B, D, seed=1), randn(B, D, seed=2).exp())
+    kls = [
+        fastvae.elbo(x, d, decoder, kl="analytic", terms=True, **BERNOULLI).kl
+        for d in (q, td.Independent(q, 1), td.Independent(td.Independent(q, 0), 1))
+    ]
+    expected = td.kl_divergence(q, td.Normal(torch.zeros_like(q.loc), 1.0)).sum(1)
+    for kl in kls:
+        torch.testing.assert_close(kl, expected)
+
+
 def test_a_kl_without_closed_form_is_estimated_with_one_warning(no_earlier_warning):
     x, decoder = torch.rand(B, X, device=DEVICE), nn.Linear(D, X).to(DEVICE)
     q, p = (randn(B, D, seed=1), randn(B, D, seed=2)), td.StudentT(5.0)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .base import Distribution, is_still
+from .wrapped import univariate
 
 _Closed = Callable[[Any, Any], Tensor]
 _closed: dict[tuple[type, type], _Closed] = {}
@@ -65,5 +66,14 @@ def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
         return None
     try:
         return td.kl_divergence(one, other)
+    except NotImplementedError:
+        pass
+    # Torch knows Independent(Laplace) with another Independent alone; elements of both are independent.
+    base, other_base = univariate(one), univariate(other)
+    unknown = base is one and other_base is other
+    if unknown or base.event_shape or other_base.event_shape:
+        return None
+    try:
+        return td.kl_divergence(base, other_base)
     except NotImplementedError:
         return None
