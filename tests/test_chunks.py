@@ -227,6 +227,105 @@ def test_compiled(estimator):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
+class Breaking(nn.Module):
+    """A layer at which a compiler breaks its graph."""
+
+    def forward(self, h):
+        torch._dynamo.graph_break()
+        return h
+
+
+class Averaging(nn.Module):
+    """A layer that divides by a moving average, and updates it in place."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, h):
+        out = h / self.scale.square().cumsum(0)
+        with torch.no_grad():
+            self.scale.lerp_(h.abs().mean(0), 0.3)
+        return out
+
+
+class AveragingData(Averaging):
+    def forward(self, h):
+        out = h / self.scale.square().cumsum(0)
+        self.scale.data.mul_(0.9)
+        return out
+
+
+COMPILED = {
+    "constant": lambda: nn.Sequential(nn.Linear(D, 9), nn.BatchNorm1d(9).eval()),
+    "batch_norm": lambda: nn.Sequential(nn.Linear(D, 9), nn.BatchNorm1d(9), nn.Dropout(0.5)),
+    "batch_norm, broken": lambda: nn.Sequential(
+        nn.Linear(D, 9), nn.BatchNorm1d(9), Breaking(), nn.Dropout(0.5)
+    ),
+    "spectral_norm": STATEFUL["spectral_norm"],
+    "moving_scale": STATEFUL["moving_scale"],
+    "averaging": lambda: nn.Sequential(nn.Linear(D, 9), Averaging(9)),
+    "averaging, data": lambda: nn.Sequential(nn.Linear(D, 9), AveragingData(9)),
+}
+WHOLE = ("constant", "batch_norm")
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_decoders_with_buffers(kind):
+    """Gradients, buffers and random state equal those of eager code, in a graph and where it breaks."""
+    x, options = rand(B, X, seed=6), {"backend": "aot_eager", "fullgraph": kind in WHOLE}
+
+    def run(wrap):
+        torch._dynamo.reset()
+        torch.manual_seed(12)
+        decoder = nn.Sequential(COMPILED[kind](), nn.Linear(9, X)).to(DEVICE)
+        encoder = nn.Linear(X, 2 * D, device=DEVICE)
+        learned = [*encoder.parameters(), *decoder.parameters()]
+        bound = wrap(lambda x: fastvae.iwae(x, encoder(x), decoder, k=K, k_chunk=4, likelihood="bernoulli"))
+        results, compiled = [], []
+        for _ in range(3):
+            value = bound(x)
+            results += [value, *torch.autograd.grad(value, learned)]
+            results += [b.clone() for b in decoder.buffers()] + [torch.rand(3)]
+            compiled.append(torch._dynamo.utils.counters["frames"]["total"])
+        assert compiled[0] == compiled[2]
+        return results
+
+    with torch._inductor.config.patch(fallback_random=True):
+        expected = run(lambda bound: bound)
+        found = run(lambda bound: torch.compile(bound, **options))
+    torch._dynamo.reset()
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_decoders_that_cannot_be_repeated(monkeypatch):
+    """The errors of eager code, where the graph breaks; an error of the compiler if it must not break."""
+    monkeypatch.setenv("FASTVAE_CHECK", "1")
+    x, noise = rand(B, X, seed=6), generator(3)
+    encoder = nn.Linear(X, 2 * D, device=DEVICE)
+    decoder = nn.Sequential(nn.Linear(D, 9), Breaking(), nn.Tanh(), nn.Linear(9, X)).to(DEVICE)
+
+    def compiled(decoder, **options):
+        torch._dynamo.reset()
+        return torch.compile(
+            lambda: fastvae.iwae(x, encoder(x), decoder, k=K, k_chunk=4, likelihood="bernoulli"),
+            backend="aot_eager", **options,
+        )()  # fmt: skip
+
+    bound = compiled(decoder)
+    with torch.no_grad():
+        decoder[3].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"decoder\.3\.weight, .* was changed in place"):
+        bound.backward()
+    bound = compiled(lambda z: decoder(z) + torch.randn(X, generator=noise, device=z.device))
+    with pytest.raises(RuntimeError, match="gave other outputs for the same z"):
+        bound.backward()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="reads a buffer and changes it in place"):
+        compiled(nn.Sequential(nn.Linear(D, X), Averaging(X)).to(DEVICE), fullgraph=True)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("backends", [("reference", "native"), ("native", "reference")])
 def test_the_second_pass_uses_the_backend_of_the_first(backends):
     results = []

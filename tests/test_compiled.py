@@ -187,6 +187,41 @@ def test_torch_samplers_compile_to_one_graph(name):
     _compare(run, fullgraph=True, backend="aot_eager", leaves=[*encoder.parameters(), *decoder.parameters()])
 
 
+class Closure(Distribution):
+    """A user's q whose parameters are attributes, and reached by the density as such or in a closure."""
+
+    batch, device = B, torch.device("cpu")
+
+    def __init__(self, mu, log_scale, hidden):
+        self.mu, self.log_scale = mu, log_scale
+        self.parameters_of = (lambda: (mu, log_scale)) if hidden else None
+
+    def rsample_log_prob(self, samples, seed, *, sample_offset=0, row_offset=0):
+        place = {"sample_offset": sample_offset, "row_offset": row_offset}
+        noise = fastvae.random.normal(seed, samples, B, D, **place)
+        z = self.mu + self.log_scale.exp() * noise
+        return z, self.log_prob(z)
+
+    def log_prob(self, z):
+        mu, log_scale = (self.mu, self.log_scale) if self.parameters_of is None else self.parameters_of()
+        return td.Normal(mu, log_scale.exp(), validate_args=False).log_prob(z).sum(-1)
+
+
+@pytest.mark.parametrize("k_chunk", [None, 4])
+@pytest.mark.parametrize("estimator", ["stl", "dreg"])
+def test_a_density_that_cannot_be_frozen_is_an_error(estimator, k_chunk):
+    encoder, decoder, x = nn.Linear(X, 2 * D), nn.Linear(D, X), _x()
+
+    def bound(hidden):
+        q = Closure(*encoder(x).chunk(2, 1), hidden)
+        return fastvae.iwae(x, q, decoder, k=K, k_chunk=k_chunk, estimator=estimator, **BERNOULLI)
+
+    _compare(lambda: bound(False), backend="aot_eager", leaves=[*encoder.parameters(), *decoder.parameters()])
+    for run in (bound, torch.compile(bound, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match=r"needs Closure\.log_prob with its parameters frozen"):
+            run(True)
+
+
 # Posteriors and priors as objects
 
 

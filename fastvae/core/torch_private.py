@@ -20,6 +20,8 @@ __all__ = [
     "BelowAutograd",
     "SingleLevelFunction",
     "any_requires_grad",
+    "break_graph",
+    "changes_what_it_reads",
     "dirichlet_grad",
     "dispatch_mode_depth",
     "forward_ad_is_active",
@@ -48,6 +50,7 @@ functorch_is_active = _C._are_functorch_transforms_active
 is_functorch_wrapped = _C._functorch.is_functorch_wrapped_tensor
 torch_function_depth = _C._len_torch_function_stack
 tracing_state = _C._get_tracing_state
+_data_of: Any = _C._autograd._get_data_attr  # type: ignore[attr-defined]
 # Tensors as addresses, for kernels that C++ registers without linking libtorch. The variant for one tensor
 # leaks (torch 2.13).
 from_handles = _C._aoti.alloc_tensors_by_stealing_from_void_ptrs
@@ -130,6 +133,35 @@ def is_torchs(kind: type[nn.Module]) -> bool:
     )
 
 
+def break_graph(reason: str) -> None:
+    """Break the graph that Dynamo traces, or raise with ``fullgraph=True``."""
+    torch._dynamo.graph_break(msg=reason)
+
+
+def changes_what_it_reads() -> bool:
+    """Return True if the function that Dynamo traces for checkpoint changes an input that it also reads."""
+    translator: Any = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator
+    tracer = translator.current_tx().output.current_tracer
+    inputs = [n for n in tracer.graph.nodes if n.op == "placeholder" and _version(n) is not None]
+    versions = zip(inputs, tracer._input_versions_at_beginning, strict=True)
+    changed = [node for node, version in versions if _version(node) != version]
+    return any(not _only_changes(node, user) for node in changed for user in node.users) or any(
+        node.target is _data_of and _version(node) for node in tracer.graph.nodes
+    )
+
+
+def _version(node: Any) -> int | None:
+    """Return the in-place version of a tensor in Dynamo's graph."""
+    value = node.meta.get("example_value")
+    return value._version if isinstance(value, torch.Tensor) else None
+
+
+def _only_changes(node: Any, user: Any) -> bool:
+    """Return True if an operation changes the tensor in place and does nothing else, as counters do."""
+    in_place = user.op == "call_method" and user.target.endswith("_")
+    return in_place and not user.users and user.args[0] is node
+
+
 # Set here because torch.compiler.assume_constant_result would import the whole compiler.
-_marked: Any = is_torchs
-_marked._dynamo_marked_constant = True
+for _marked in (is_torchs, changes_what_it_reads):
+    _marked.__dict__["_dynamo_marked_constant"] = True

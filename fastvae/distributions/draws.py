@@ -222,7 +222,7 @@ _ASKED = {"paths": "estimator='dreg'", "tied": "a bound of the encoder's own"}
 def _frozen(distribution: Distribution, z: Tensor, route: str) -> Distribution:
     """Return a frozen copy, or raise if a user's log_prob still reaches parameters elsewhere."""
     fixed: Distribution = frozen(distribution)
-    looked_at = distribution.reaches_others and not torch.compiler.is_compiling()
+    looked_at = distribution.reaches_others
     of_fixed, value = fixed_at(fixed, z) if looked_at else (fixed, z)
     if looked_at and of_fixed.log_prob(value[:2]).requires_grad:
         raise RuntimeError(

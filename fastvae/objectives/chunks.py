@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from ..core import backend as _backend
 from ..core.nested import Conditioning, tensors
-from ..core.torch_private import functorch_is_active
+from ..core.torch_private import break_graph, changes_what_it_reads, functorch_is_active
 from ..distributions.draws import draw_chunk
 from ..inputs.batch import Inputs
 from .recompute import repeatable
-
-if TYPE_CHECKING:
-    pass
-
 
 # Small tensors that a chunk leaves in the graph lie between its activations. Freed activations leave holes in
 # the heap that are too small for the next chunk's, so the heap grows with k. Trimming every few chunks, in
@@ -71,19 +66,40 @@ def chunked(
         )
         return [inputs.log_likelihood(z, seen), *(t for t in drawn if t is not None)]
 
-    if not torch.compiler.is_compiling():
-        aside = inputs.conditioning or Conditioning()
-        read = {
-            "x": inputs.x, "q": inputs.q, "prior": inputs.prior, "decoder": inputs.decoder,
-            "likelihood": inputs.likelihood, "mask": aside.mask, "size_factor": aside.size_factor,
-            "context": aside.context,
-        }  # fmt: skip
-        draw = repeatable(draw, read)
-        # Recomputation may run in an autograd thread, and must use the backend of the first pass.
-        draw = functools.partial(_backend.run_on, _backend.chosen(), draw)
+    # Filled when the first chunk runs, not while it is traced; both passes share it.
+    protected: list[Callable[[int, Tensor], list[Tensor]]] = []
+
+    def run(start: int, on_device: Tensor) -> list[Tensor]:
+        # False after a graph break: checkpoint then runs its function as eager code.
+        if torch.compiler.is_compiling():
+            drawn = draw(start, on_device)
+            # A graph's backward pass would recompute from the changed tensor.
+            if torch.compiler.is_dynamo_compiling() and changes_what_it_reads():
+                break_graph(
+                    "with k_chunk, a decoder that reads a buffer and changes it in place runs as eager code"
+                )
+            return drawn
+        if not protected:
+            # Recomputation may run in an autograd thread, and must use the backend of the first pass.
+            again = repeatable(draw, _read(inputs))
+            protected.append(functools.partial(_backend.run_on, _backend.chosen(), again))
+        return protected[0](start, on_device)
+
     on_device = tensors(inputs.x)[0]
     # The second pass runs to its end, to compare its results with the first's.
-    with contextlib.nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(False):
-        parts = [checkpoint(draw, start, on_device, use_reentrant=False) for start in range(0, k, k_chunk)]
+    parts = [
+        checkpoint(run, start, on_device, use_reentrant=False, early_stop=False)
+        for start in range(0, k, k_chunk)
+    ]
     log_likelihood, log_ratio, *q_grad = (torch.cat(each) for each in zip(*parts, strict=True))
     return log_likelihood, log_ratio, q_grad[0] if q_grad else None
+
+
+def _read(inputs: Inputs) -> dict[str, Any]:
+    """Return what a chunk is computed from, by name."""
+    aside = inputs.conditioning or Conditioning()
+    return {
+        "x": inputs.x, "q": inputs.q, "prior": inputs.prior, "decoder": inputs.decoder,
+        "likelihood": inputs.likelihood, "mask": aside.mask, "size_factor": aside.size_factor,
+        "context": aside.context,
+    }  # fmt: skip
