@@ -58,6 +58,29 @@ def test_a_linear_decoder_has_equal_weights(backend):
     assert float((plain.log_px.double() - exact).abs().max()) > 0.5
 
 
+def test_errors_of_nearly_equal_weights():
+    """Errors and intervals hold for a posterior that is nearly normal."""
+    n, k, scale, options = 400, 1000, 0.5, {"dtype": torch.float64, "device": DEVICE}
+    gain = torch.linspace(0.5, 1.5, 6, **options)
+
+    def decoder(z):
+        return (z + 1e-3 * z.square()) * gain
+
+    x = decoder(_randn(n, 1, seed=3).double()) + scale * _randn(n, 6, seed=4)
+    z = torch.linspace(-8, 8, 4001, **options)[:, None]
+    joint = torch.distributions.Normal(decoder(z)[:, None], scale).log_prob(x).sum(2) - z.square() / 2
+    exact = joint.logsumexp(0) + math.log(16 / 4000 / math.sqrt(2 * math.pi))
+    q = torch.zeros(2, n, 1, **options).unbind()
+    result = fastvae.log_marginal(
+        x, q, decoder, k=k, likelihood=likelihoods.Gaussian(scale=scale), proposal="refined",
+        generator=_generator(),
+    )  # fmt: skip
+    assert bool((result.log_px_stderr > 0).all()) and bool((result.jackknife_stderr > 0).all())
+    assert bool((result.ess <= k).all())
+    holds = float(((result.low <= exact) & (exact <= result.high)).double().mean())
+    assert holds > 0.95 - 4 * math.sqrt(0.05 * 0.95 / n)
+
+
 class Wavy(nn.Module):
     """Decoder whose posterior is not normal."""
 

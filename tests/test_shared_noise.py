@@ -13,6 +13,7 @@ import fastvae
 from fastvae import distributions, random
 
 from .cases import DEVICE
+from .models import LinearGaussian
 
 B, D, X, K = 6, 5, 9, 7
 
@@ -147,6 +148,22 @@ def test_the_error_of_the_mean_includes_the_covariance():
     assert said > 1.3 * independent
     low, high = runs[0].nll_interval
     assert high - low >= 2 * runs[0].mc_stderr
+
+
+def test_the_error_of_the_mean_of_nearly_equal_weights():
+    """Groups of draws are compared with their coefficients, which differ for an adapted proposal."""
+    model = LinearGaussian(2, 5)
+
+    def encoder(x):
+        mu, logvar = model.posterior(x)
+        return mu, logvar + 0.003
+
+    vae = fastvae.VAE(encoder, model.decoder, likelihood=model.likelihood, modules=[])
+    x = model.sample(6)
+    runs = [_evaluate(vae, x, seed, proposal="adapted") for seed in range(60)]
+    spread = torch.tensor([r.nll for r in runs]).std().item()
+    said = math.sqrt(sum(r.mc_stderr**2 for r in runs) / len(runs))
+    assert 0.7 < said / spread < 1.4
 
 
 def test_delta_of_two_models_and_of_a_reference():

@@ -79,8 +79,8 @@ def test_only_the_tail_of_the_state_grows_with_k():
     for k in (100, 10_000):
         weights = Weights.of(torch.randn(k, B, device=DEVICE), kept_draws(k))
         sizes[k] = sum(v.numel() for v in weights.tensors)
-    assert sizes[100] == B * (9 + 64)
-    assert sizes[10_000] == B * (9 + 300 + 1)
+    assert sizes[100] == B * (21 + 64)
+    assert sizes[10_000] == B * (21 + 300 + 1)
 
 
 def test_infinite_and_nan_weights():
@@ -194,6 +194,70 @@ def test_equal_weights_make_all_estimates_exact(k):
         torch.testing.assert_close(value, torch.full_like(value, -700.125), rtol=0, atol=1e-6 / math.sqrt(k))
     for value in (got.log_px, got.jackknife, got.psis):
         torch.testing.assert_close(value, torch.full_like(value, -700.125), rtol=0, atol=2e-12)
+
+
+# Coefficients of draws, and weights that are nearly equal
+
+_ROUNDS = [(1, 64), (2, 31), (3, 1), (4, 304)]  # coefficient and draws of each round
+
+
+def _in_rounds(log_w, rounds, groups=0):
+    """Return the weights of draws in rounds, which differ in their coefficients, and these, [K, 1]."""
+    k, start, total = len(log_w), 0, None
+    for coefficient, draws in rounds:
+        for part in log_w[start : start + draws].split(100):
+            of = Weights.of(part, kept_draws(k), start, groups=groups).weighted(coefficient)
+            total = of if total is None else total.merge(of)
+            start += len(part)
+    c = torch.cat([log_w.new_full((draws, 1), float(c)) for c, draws in rounds])
+    return total.scaled(torch.log(k / c.sum(0)).expand(log_w.shape[1])), c
+
+
+@pytest.mark.parametrize("spread", [1e-12, 1e-8, 1e-4, 1e-2, 1.0, 4.0])
+@pytest.mark.parametrize("rounds", [[(1, 400)], _ROUNDS], ids=["equal", "rounds"])
+def test_errors_are_exact_however_equal_the_weights(rounds, spread):
+    """The error, the ESS and the skewness are those of centred weights, without cancellation."""
+    k = 400
+    log_w = spread * randn(k, B, seed=4, dtype=torch.float64)
+    weights, c = _in_rounds(log_w, rounds)
+    shift = log_w.mean(0)
+    w = torch.expm1(log_w - shift)  # minus 1, which a mean close to 1 would round
+    mean = (c * w).sum(0) / c.sum()
+    terms = c * (w - mean) / (c.sum() * (1 + mean))
+    variance = terms.square().sum(0)
+    options = {"rtol": 1e-9 + 1e-15 / spread, "atol": 0}
+    torch.testing.assert_close(weights.log_px, shift + torch.log1p(mean), rtol=0, atol=1e-13)
+    torch.testing.assert_close(weights.log_px_stderr, (variance * k / (k - 1)).sqrt(), **options)
+    torch.testing.assert_close(weights.ess, 1 / (1 / k + variance), rtol=1e-12, atol=0)
+    assert bool((weights.ess <= k).all())
+    skewness = (terms.pow(3).sum(0) / variance**1.5).clamp(min=-1, max=1)
+    found = weights._central[1] / weights._central[0] ** 1.5
+    torch.testing.assert_close(found.clamp(min=-1, max=1), skewness, rtol=0, atol=10 * options["rtol"])
+    # An interval of about ± 1.96 errors, at any scale.
+    if spread <= 1e-2:
+        widths = (weights.high - weights.low) / weights.log_px_stderr
+        assert spread < 1e-8 or bool(((widths > 3.7) & (widths < 4.2)).all())
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 1.0, 3.0])
+def test_the_jackknife_leaves_out_coefficients(spread):
+    log_w = spread * randn(400, B, seed=5, dtype=torch.float64)
+    weights, c = _in_rounds(log_w, _ROUNDS)
+    k, (v, share) = len(c), (c * log_w.exp(), c / c.sum())
+    rest = torch.log1p(-v / v.sum(0)) - torch.log1p(-share)  # minus log_px
+    value = weights.log_px - (k - 1) * rest.mean(0)
+    torch.testing.assert_close(weights.jackknife, value, rtol=0, atol=1e-8)
+    error = ((k - 1) / k * (rest - rest.mean(0)).square().sum(0)).sqrt()
+    largest = float((v / v.sum(0)).max())
+    torch.testing.assert_close(weights.jackknife_stderr, error, rtol=0.2 * largest + 3 / k, atol=0)
+
+
+def test_groups_leave_out_coefficients():
+    log_w = 0.01 * randn(400, B, seed=6, dtype=torch.float64)
+    weights, c = _in_rounds(log_w, _ROUNDS, groups=32)
+    group = torch.arange(400, device=DEVICE) % 32
+    expected = [((c * log_w.exp())[group != g].sum(0) / c[group != g].sum()).log() for g in range(32)]
+    torch.testing.assert_close(weights.left_out, torch.stack(expected), rtol=0, atol=1e-13)
 
 
 def test_the_jackknife_removes_the_bias():

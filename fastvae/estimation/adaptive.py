@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -64,7 +63,7 @@ class AdaptedDraws(Draws):
             kept: list[Tensor] | None = [] if last <= max(self._rounds, default=0) else None
             part = self.folded(first, last, rows, kept)
             if part is not None:
-                part = part.scaled(math.log(self._number))
+                part = part.weighted(self._number)
                 total = part if total is None else total.merge(part)
             if kept is not None:
                 self._keep(kept, self._ranks.share(first, last)[0], rows)
@@ -81,19 +80,8 @@ class AdaptedDraws(Draws):
             start += len(log_w)
 
     def estimate(self, total: Weights) -> Weights:
-        """Rescale the draws of round t by c_t n / Σ c_t n_t, which is 1 on average.
-
-        ``uneven`` corrects the second moment for these coefficients, so that the standard error and the
-        effective sample size are those of the combined rounds.
-        """
-        n = total.count.double()
-        first, second = torch.zeros_like(n), torch.zeros_like(n)
-        for t, (start, stop) in enumerate(pairwise([0, *self._rounds, 2**32]), 1):
-            draws = (n - start).clamp(min=0, max=stop - start)
-            first, second = first + t * draws, second + t**2 * draws
-        scaled = total.scaled(torch.log(n / first))
-        spread = second / first.square() - 1 / n
-        return replace(scaled, uneven=spread)
+        """Rescale the draws of round t by c_t n / Σ c_t n_t, which is 1 on average."""
+        return total.scaled(torch.log(total.count / total.moments[0, 0]))
 
     def elbo(self, total: Weights) -> Tensor:
         first = self._elbo if self.elbo_of_q is None else self.elbo_of_q

@@ -123,7 +123,11 @@ def finite_shift(maximum: Tensor) -> Tensor:
 
 def largest_of(log_w: Tensor, count: int) -> Tensor:
     """Return the ``count`` largest of each column, descending, padded with -inf; NaN counts as largest."""
-    found = log_w.topk(min(count, log_w.shape[0]), dim=0).values
+    return padded(log_w.topk(min(count, log_w.shape[0]), dim=0).values, count)
+
+
+def padded(found: Tensor, count: int) -> Tensor:
+    """Append rows of -inf to [K, B] up to ``count``."""
     if found.shape[0] == count:
         return found
     missing = found.new_full((count - found.shape[0], *found.shape[1:]), -math.inf)

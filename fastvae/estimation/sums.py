@@ -3,21 +3,36 @@ r"""Streaming sums of importance weights, which chunks and machines merge.
 Memory does not grow with K except for the tail, the :math:`3\sqrt K` largest log weights, at least 64. The
 tail is stored exactly; the weights below it are stored as the sums of six powers. Draws of other chunks or
 machines are merged by adding sums, never means.
+
+Central moments come from the sums of powers of :math:`y = 1 - w / w_{\max}`. With :math:`\rho = w_{\max} /
+w'_{\max} \le 1`, draws of another set are merged by
+
+.. math:: y' = (1 - \rho) + \rho\, y,
+
+whose terms are not negative. The largest weight has y = 0, so that :math:`\sum (y - \bar y)^2 \ge \bar y^2`
+and :math:`\sum y^2 \le (K + 1) \sum (y - \bar y)^2`: centring loses at most a factor of K + 1 in precision,
+however equal or unequal the weights. A difference of sums of w and w² would lose :math:`1 / \mathrm{var}(w)`.
+
+Where draws have coefficients c, as in :mod:`fastvae.estimation.adaptive`, the powers, the tail and the groups
+are those of c w, and the moments are sums of :math:`c^a y^b`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import Self
 
-from .pareto import finite_shift, largest_of, tail_length
+from .pareto import finite_shift, padded, tail_length
 
 # Number of power sums of the weights below the tail, and minimum length of the tail.
 POWERS, _LEAST_TAIL = 6, 64
+# Highest order of the central moments.
+_ORDER = 3
 # Groups of draws that a jackknife leaves out one at a time: its error has a relative error of 1/√(2·31).
 GROUPS = 32
 
@@ -37,9 +52,11 @@ class WeightSums:
     tail: Tensor  # [T, B], the largest log weights, descending; padded with -inf
     # [R, B] float64, sum of each randomisation's weights relative to the maximum; [0, B] if independent
     turns: Tensor
-    uneven: Tensor  # [B] float64, part of the relative second moment due to unequal coefficients of draws
     # [G, B] float64, sum of each group's weights relative to the maximum; [0, B] unless requested
     groups: Tensor
+    shares: Tensor  # [G, B] float64, sum of each group's coefficients
+    reference: Tensor  # [B] float64, largest log weight without coefficients
+    moments: Tensor  # [3, 4, B] float64, sums of c^a y^b for a = 1 .. 3, b = 0 .. 3
 
     @classmethod
     def of(cls, log_w: Tensor, tail: int, start: int = 0, randomisations: int = 0, groups: int = 0) -> Self:
@@ -48,18 +65,23 @@ class WeightSums:
         ``start`` is the index of the first draw. Draw k belongs to randomisation k mod ``randomisations``,
         which is 0 for independent draws, and to group k mod ``groups``.
         """
-        wide = log_w.double()
-        count = torch.full(log_w.shape[1:], log_w.shape[0], dtype=torch.int64, device=log_w.device)
-        turns, by_group = (_by_turns(wide, start, n) for n in (randomisations, groups))
-        even = wide.new_zeros(count.shape)
-        if log_w.shape[0] <= tail:
-            powers = wide.new_zeros(POWERS, log_w.shape[1])
-            largest = largest_of(log_w, tail)
-            return cls(powers, wide.sum(0), count, largest, turns, even, by_group)
+        wide, (k, batch) = log_w.double(), log_w.shape
+        count = torch.full((batch,), k, dtype=torch.int64, device=log_w.device)
         # topk treats NaN as the largest value.
-        largest, place = log_w.topk(tail, dim=0)
-        below = torch.exp(wide - finite_shift(largest[-1]).double()).scatter_(0, place, 0.0)
-        return cls(_power_sums(below), wide.sum(0), count, largest, turns, even, by_group)
+        largest, place = log_w.topk(min(k, tail), dim=0)
+        reference = largest[0].double()
+        if k <= tail:
+            largest, powers = padded(largest, tail), wide.new_zeros(POWERS, batch)
+        else:
+            below = torch.exp(wide - finite_shift(largest[-1]).double()).scatter_(0, place, 0.0)
+            powers = _power_sums(below)
+        y = torch.expm1(wide - finite_shift(reference)).neg_()
+        moments = torch.stack([count.double(), *_power_sums(y, _ORDER)]).repeat(_ORDER, 1, 1)
+        turns, by_group = (_by_turns(wide, start, n) for n in (randomisations, groups))
+        group = torch.arange(groups, device=log_w.device)
+        drawn = (start + k - 1 - group) // max(1, groups) - (start - 1 - group) // max(1, groups)
+        shares = drawn.double()[:, None].repeat(1, batch)
+        return cls(powers, wide.sum(0), count, largest, turns, by_group, shares, reference, moments)
 
     def merge(self, other: Self) -> Self:
         """Combine the statistics of two sets of draws."""
@@ -78,14 +100,33 @@ class WeightSums:
         mine, its = (torch.exp(part.maximum.double() - scale) for part in (self, other))
         turns, groups = self.turns * mine + other.turns * its, self.groups * mine + other.groups * its
         log_sum, count = self.log_sum + other.log_sum, self.count + other.count
-        return type(self)(powers, log_sum, count, tail, turns, torch.zeros_like(log_sum), groups)
+        shares, reference = self.shares + other.shares, torch.maximum(self.reference, other.reference)
+        moments = torch.zeros_like(self.moments)
+        for part in (self, other):
+            log_ratio = part.reference - finite_shift(reference)
+            moments += moved(part.moments, -torch.expm1(log_ratio), torch.exp(log_ratio))
+        return type(self)(powers, log_sum, count, tail, turns, groups, shares, reference, moments)
 
     def scaled(self, log_factor: float | Tensor) -> Self:
         """Multiply all weights of an example by exp(log_factor), a number or [B]."""
-        if isinstance(log_factor, Tensor):
-            by = log_factor.to(self.maximum.dtype)
-            return replace(self, log_sum=self.log_sum + log_factor * self.count, tail=self.tail + by)
-        return self.scaled(torch.full_like(self.log_sum, log_factor)) if log_factor else self
+        if not isinstance(log_factor, Tensor):
+            return self.scaled(torch.full_like(self.log_sum, log_factor)) if log_factor else self
+        return replace(
+            self,
+            log_sum=self.log_sum + log_factor * self.count,
+            tail=self.tail + log_factor.to(self.maximum.dtype),
+            reference=self.reference + log_factor,
+        )
+
+    def weighted(self, coefficient: int) -> Self:
+        """Multiply the coefficients of all draws."""
+        powers = [coefficient**a for a in range(1, _ORDER + 1)]
+        return replace(
+            self.scaled(math.log(coefficient)),
+            shares=coefficient * self.shares,
+            reference=self.reference,
+            moments=self.moments * self.moments.new_tensor(powers)[:, None, None],
+        )
 
     def at(self, rows: Tensor) -> Self:
         """Return the statistics of the examples with indices ``rows``."""
@@ -99,7 +140,7 @@ class WeightSums:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All fields, in the order of the constructor."""
-        return self.powers, self.log_sum, self.count, self.tail, self.turns, self.uneven, self.groups
+        return tuple(getattr(self, f.name) for f in fields(self))
 
     def _relative(self) -> tuple[Tensor, Tensor]:
         """Return the tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
@@ -121,9 +162,9 @@ class WeightSums:
 
 def _power_sums(values: Tensor, powers: int = POWERS) -> Tensor:
     """Sum the first powers of values [K, B]; returns [powers, B]."""
-    power, sums = values, [values.sum(0)]
+    power, sums = values.clone() if powers > 1 else values, [values.sum(0)]
     for _ in range(1, powers):
-        power = power * values
+        power *= values  # in place: new memory for each power takes four times as long
         sums.append(power.sum(0))
     return torch.stack(sums)
 
@@ -135,6 +176,15 @@ def rescaled(powers: Tensor, log_scale: Tensor) -> Tensor:
     return torch.where(powers == 0, 0.0, powers * torch.exp(order * log_scale))
 
 
+def moved(moments: Tensor, offset: Tensor, factor: Tensor) -> Tensor:
+    """Return the sums of c^a (offset + factor y)^b, given those of c^a y^b [3, 4, B]."""
+    rows = []
+    for b in range(moments.shape[1]):
+        terms = [math.comb(b, i) * offset ** (b - i) * factor**i * moments[:, i] for i in range(b + 1)]
+        rows.append(torch.stack(terms).sum(0))
+    return torch.stack(rows, 1)
+
+
 def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:
     """Sum weights relative to the largest per randomisation [R, B], given log weights [K, B] in float64.
 
@@ -144,5 +194,5 @@ def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:
         return log_w.new_empty(0, log_w.shape[1])
     w = torch.exp(log_w - finite_shift(log_w.amax(0)))
     front = start % randomisations
-    padded: Tensor = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
-    return padded.reshape(padded.shape[0] // randomisations, randomisations, w.shape[1]).sum(0)
+    whole: Tensor = functional.pad(w, (0, 0, front, -(front + w.shape[0]) % randomisations))
+    return whole.reshape(whole.shape[0] // randomisations, randomisations, w.shape[1]).sum(0)

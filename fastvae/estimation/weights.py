@@ -11,6 +11,20 @@ The standard error is the delta method's, :math:`\mathrm{sd}(w) / (\sqrt K\, \ba
 are not independent: their errors and the jackknife use the randomisations, which are independent
 (:func:`between`).
 
+*Coefficients*: where draw k has the coefficient c (:class:`~fastvae.estimation.proposals.Adapted`), with
+:math:`\bar w = \sum c w / \sum c`, the variance is that of a ratio of means (Owen, Monte Carlo theory,
+methods and examples, section 9.2, on self-normalised importance sampling):
+
+.. math::
+    V = \frac{\sum c^2 (w - \bar w)^2}{\left(\sum c w\right)^2}, \quad
+    \mathrm{stderr} = \sqrt{V K / (K - 1)}, \quad \mathrm{ESS} = 1 / (1/K + V)
+
+With c = 1 these are the formulas above. The difference :math:`\sum c^2 w^2 / (\sum c w)^2 - \sum c^2 / (\sum
+c)^2` has the same expectation to first order, but it retains a term linear in :math:`δ = w / \bar w - 1`,
+:math:`2 \sum c^2 δ / (\sum c)^2`, which exceeds V where the weights vary by less than about
+:math:`1/\sqrt K`. The third moment, for the interval's skewness, is centred in the same way. The moments are
+computed without cancellation (:mod:`fastvae.estimation.sums`).
+
 *Jackknife* (Nowozin, Debiasing Evidence Approximations, ICLR 2018, order 1): it removes the bias of order
 1/K. Leaving out draw k multiplies the sum by :math:`1 - \tilde w_k`, so
 
@@ -21,7 +35,9 @@ are not independent: their errors and the jackknife use the randomisations, whic
 exactly in the tail, and in the rest by the logarithm's series, :math:`-\sum_{j \le 6} \tilde w^j / j`. With T
 draws in the tail :math:`\tilde w \le 1 / (T + 1)` in the rest, so that the truncation error is less than
 :math:`(T + 1)^{-6} / 7`, 2e-12 for the shortest tail, and far less if only a few draws have such large
-weights.
+weights. With coefficients, leaving out draw k also leaves out its coefficient, :math:`u = c / \sum c`, so
+that :math:`\log(1 - u)` takes the place of :math:`\log(1 - 1/K)`. The jackknife's variance is V multiplied by
+the ratio of the two methods' variances of the products c w, which is 1 + O(max w̃).
 
 *Pareto smoothing* (Vehtari et al., Pareto Smoothed Importance Sampling, JMLR 25, 2024): the tail's weights
 are replaced by quantiles of the generalised Pareto distribution fitted to them, capped at the largest weight.
@@ -56,13 +72,16 @@ from torch import Tensor
 from ..core.records import registered
 from .estimates import estimate, estimates_of, in_quadrature, median, nll, nll_where_trusted
 from .pareto import TailFit, finite_shift, fit_tail
-from .sums import POWERS, WeightSums, rescaled
+from .sums import POWERS, WeightSums, moved, rescaled
 
 __all__ = ["LogMarginal", "Weights"]
 
 # Coefficients of x^j, j = 1 .. 6, in log(1 - x) and in its square.
 _LOG = (-1.0, -1 / 2, -1 / 3, -1 / 4, -1 / 5, -1 / 6)
 _LOG_SQUARE = (0.0, 1.0, 1.0, 11 / 12, 5 / 6, 137 / 180)
+# Relative variance of the weights below which the jackknife's error is the delta method's: they differ by
+# less than 1e-3/K, and the jackknife's is a difference of nearly equal numbers.
+_NEARLY_EQUAL = 1e-8
 # Posterior probability of a tail shape ξ ≥ 1 from which the upper end of the interval is +∞.
 _OPEN = 0.25
 # Largest Pareto k̂ for which the spread of a few randomisations is trusted as the error of their mean.
@@ -149,18 +168,30 @@ class Weights(WeightSums):
         """
         if len(self.turns):
             return between(self.turns, self.count).stderr
-        return self._standard_error(self._sums(2))
+        return self._standard_error
 
-    def _standard_error(self, sums: Tensor) -> Tensor:
+    @property
+    def _standard_error(self) -> Tensor:
         k = self.count.double()
-        variance = sums[1] / sums[0].square() - 1 / k - self.uneven
-        return (variance.clamp(min=0) * (k / (k - 1))).sqrt()
+        return (self._central[0] * (k / (k - 1))).sqrt()
+
+    @functools.cached_property
+    def _central(self) -> tuple[Tensor, Tensor]:
+        r"""Sums of :math:`(\tilde w - u)^2` and :math:`(\tilde w - u)^3`, each [B].
+
+        Here :math:`u = c / \sum c`, so that :math:`\tilde w - u = u (w - \bar w) / \bar w`.
+        """
+        every = self.moments[0, 0]
+        mean = self.moments[0, 1] / every
+        central = moved(self.moments, -mean, torch.ones_like(mean))
+        total = every * (1 - mean)
+        # y falls as w grows.
+        return central[1, 2].clamp(min=0) / total.square(), -central[2, 3] / total**3
 
     @property
     def ess(self) -> Tensor:
         """Effective sample size [B]."""
-        sums = self._sums(2)
-        return 1 / (sums[1] / sums[0].square() - self.uneven)
+        return 1 / (1 / self.count.double() + self._central[0])
 
     @property
     def khat(self) -> Tensor:
@@ -203,8 +234,14 @@ class Weights(WeightSums):
         scaled = rest / total ** torch.arange(1, POWERS + 1, device=total.device)[:, None]
         first = left_out.sum(0) + torch.tensordot(scaled.new_tensor(_LOG), scaled, 1)
         square = left_out.square().sum(0) + torch.tensordot(scaled.new_tensor(_LOG_SQUARE), scaled, 1)
-        value = self._log_mean(total) - (k - 1) * (first / k - torch.log1p(-1 / k)) - self.uneven / 2
-        error = ((square - first.square() / k - self.uneven).clamp(min=0) * (k - 1) / k).sqrt()
+        # Sum of -log(1 - u), minus its value for equal coefficients, to third order.
+        every = self.moments[0, 0]
+        uneven = (self.moments[1, 0] / every**2 - 1 / k) / 2 + (self.moments[2, 0] / every**3 - 1 / k**2) / 3
+        value = self._log_mean(total) - (k - 1) * (first / k - torch.log1p(-1 / k) + uneven / k)
+        of_delta = share.square().sum(0) + scaled[1] - 1 / k
+        ratio = (square - first.square() / k) / of_delta
+        ratio = torch.where(k * of_delta < _NEARLY_EQUAL, (k / (k - 1)).square(), ratio)
+        error = (self._central[0] * ratio * (k - 1) / k).sqrt()
         nothing = self.maximum == -math.inf
         return torch.where(nothing & (k > 1), -math.inf, value), torch.where(nothing, math.nan, error)
 
@@ -239,16 +276,20 @@ class Weights(WeightSums):
 
         For quasi-Monte-Carlo draws the groups are the randomisations.
         """
-        sums = self.turns if len(self.turns) and len(self.groups) else self.groups
-        if not len(sums):
-            return sums
-        g = torch.arange(len(sums), device=sums.device)[:, None]
-        others = self.count - (self.count - g + len(sums) - 1) // len(sums)
+        if not len(self.groups):
+            return self.groups
+        if len(self.turns):
+            sums = self.turns
+            g = torch.arange(len(sums), device=sums.device)[:, None]
+            others = (self.count - (self.count - g + len(sums) - 1) // len(sums)).double()
+        else:
+            sums, every = self.groups, self.moments[0, 0]
+            others = (every - self.shares) * (self.count / every)
         # Adding the other groups' sums, not subtracting this one's: one draw may have nearly all the weight.
         zero = sums.new_zeros(1, sums.shape[1])
         before = torch.cat([zero, sums.cumsum(0)[:-1]])
         after = torch.cat([sums.flip(0).cumsum(0).flip(0)[1:], zero])
-        return finite_shift(self.maximum).double() + torch.log(before + after) - torch.log(others.double())
+        return finite_shift(self.maximum).double() + torch.log(before + after) - torch.log(others)
 
     def summary(self, dtype: torch.dtype = torch.float64) -> LogMarginal:
         """Compute all estimates."""
@@ -286,12 +327,9 @@ class Weights(WeightSums):
         """Return the interval for independent draws."""
         k, below = self.count.double(), (1 - level) / 2
         z = NormalDist().inv_cdf((1 + level) / 2)
-        sums, log_px = self._sums(3), self.log_px
-        error = self._standard_error(sums)
+        log_px, error, (second, third) = self.log_px, self._standard_error, self._central
         # Skewness over √K is at most 1, its value if a single weight is nonzero.
-        mean, second, third = (s / k / (sums[0] / k) ** (j + 1) for j, s in enumerate(sums))
-        variance = (second - mean - k * self.uneven).clamp(min=0)
-        skewness = (third - 3 * second + 2) / variance**1.5 / k.sqrt()
+        skewness = third / second**1.5
         skewness = skewness.nan_to_num(nan=0.0).clamp(min=-1, max=1)
         low = 1 - error * _hall(z, skewness)
         high = log_px + torch.log(1 - error * _hall(-z, skewness))
@@ -310,11 +348,14 @@ class Weights(WeightSums):
         """
         k, n = self.count.double(), fit.n.double()
         tail, rest = self._relative()
-        kept = torch.where(fit.inside, 0.0, tail)
-        mean, second = ((kept**j).sum(0) + rest[j - 1] for j in (1, 2))
-        mean = mean / (k - n)
-        variance = (second / (k - n) - mean.square()).clamp(min=0)
         share = n / k
+        mean = (torch.where(fit.inside, 0.0, tail).sum(0) + rest[0]) / (k - n)
+        found_above = torch.where(fit.inside, tail, 0.0).sum(0) / n
+        within = torch.where(fit.inside, tail - found_above, 0.0).square().sum(0) / n
+        # Variance of all weights, whose part within the tail is replaced by that of the fit. It bounds the
+        # distance of the means above and below the cutoff, which coefficients would widen.
+        every = k * self._central[0] * ((1 - share) * mean + share * found_above).square()
+        gap = torch.minimum(found_above - mean, (every / (share * (1 - share))).sqrt())
 
         # Given θ, log(1 - θ x) is exponential: its mean, ξ, has a relative error of 1 / √n.
         shape = torch.cat([fit.xi * torch.exp(x / n.sqrt()) for x, _ in _NODES])
@@ -324,9 +365,9 @@ class Weights(WeightSums):
         weight = torch.where((shape < 1) & above.isfinite(), weight, 0.0)
         above = torch.where(weight > 0, above, 1.0)
         total = (1 - share) * mean + share * above
-        spread = ((1 - share) * variance + share * (1 - share) * (above - mean).square()).div(
-            k
-        ).sqrt() / total
+        shift = above - found_above
+        variance = (every - share * within).clamp(min=0) + share * (1 - share) * shift * (2 * gap + shift)
+        spread = (torch.where(variance > 0, variance, every) / k).sqrt() / total
         at = torch.log(total)
         weight = weight / weight.sum(0)
 
