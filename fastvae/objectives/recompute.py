@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -65,7 +67,7 @@ def _check_repetition(first: Tensor, again: Tensor) -> None:
         raise RuntimeError(
             f"the decoder gave other outputs for the same z when the backward pass ran it again: "
             f"log-likelihoods differ by up to {off:.3g} nats. With k_chunk, only torch's global random state "
-            "and the buffers of a decoder that is a module, or a module's method, are restored in between. "
+            "and the buffers of modules that the decoder is, or reaches by name, are restored in between. "
             "Pass the module as the decoder, draw its noise from torch's global random state, or leave "
             "k_chunk out"
         )
@@ -218,3 +220,20 @@ def _modules(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[nn.Module]:
         yield from _modules(vars(value), seen)
     elif called_by(value) is not value:
         yield from _modules(called_by(value), seen)
+    elif isinstance(value, functools.partial):
+        yield from _modules([value.func, *value.args, *value.keywords.values()], seen)
+    elif isinstance(value, FunctionType):
+        yield from _modules(_reached(value), seen)
+    elif callable(value) and isinstance(type(value).__call__, FunctionType):
+        own = [v for v in getattr(value, "__dict__", {}).values() if callable(v)]
+        yield from _modules([*own, type(value).__call__], seen)
+
+
+def _reached(function: FunctionType) -> list[Any]:
+    """Return what a function may call: what is callable in its closure, and modules among its globals."""
+    reached = [function.__globals__.get(name) for name in function.__code__.co_names]
+    reached = [value for value in reached if isinstance(value, (nn.Module, MethodType))]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not set yet
+            reached.append(cell.cell_contents)
+    return [value for value in reached if callable(value)]
