@@ -21,16 +21,23 @@ SHIM = r"""
 static std::atomic<long> left{-1}, seen{0};
 extern "C" void arm(long n) { seen = 0, left = n; }
 extern "C" long calls() { return seen; }
-void* operator new(std::size_t size) {
+static void* allocate(const void* caller, std::size_t size, std::size_t alignment) {
   Dl_info info;
-  if (left >= 0 && dladdr(__builtin_return_address(0), &info) && std::strstr(info.dli_fname, "fastvae/_C")) {
+  if (left >= 0 && dladdr(caller, &info) && std::strstr(info.dli_fname, "fastvae/_C")) {
     if (seen++ == left) throw std::bad_alloc();
   }
-  if (void* p = std::malloc(size ? size : 1)) return p;
+  void* p = nullptr;
+  if (posix_memalign(&p, alignment, size ? size : 1) == 0) return p;
   throw std::bad_alloc();
+}
+void* operator new(std::size_t size) { return allocate(__builtin_return_address(0), size, 16); }
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  return allocate(__builtin_return_address(0), size, static_cast<std::size_t>(alignment));
 }
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
 """
 
 SCRIPT = r"""
