@@ -188,7 +188,7 @@ FASTVAE_LOOP void shares_of(const UnitSlopes<C>& u, i64 width, const C* __restri
     }
 #pragma omp simd
     for (i64 i = from; i < to; ++i) {
-      const C r = scale * exp_up_to_1(s[i] - shift);
+      const C r = scale * exp_(s[i] - shift);
       const C kept = abs_(r) < tiny ? C(0) : r;
       s[i] = kBase ? base[i] + kept : kept;
     }

@@ -37,8 +37,8 @@ FASTVAE_LOOP void component_shares(int n, C g, const C* __restrict a, const C* _
                                    C* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    r[i] = g * exp_up_to_1(s[i] - joint[i]);
-    out[i] = r[i] - g * exp_up_to_1(a[i] - normaliser[i]);
+    r[i] = g * exp_(s[i] - joint[i]);
+    out[i] = r[i] - g * exp_(a[i] - normaliser[i]);
   }
 }
 template <class L, class C>

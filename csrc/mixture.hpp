@@ -133,7 +133,7 @@ FASTVAE_LOOP void shares(i64 n, C scale, C shift, C* __restrict s, C* __restrict
   const C tiny = smallest_normal(C(0));
 #pragma omp simd
   for (i64 i = 0; i < n; ++i) {
-    const C r = scale * exp_up_to_1(s[i] - shift);
+    const C r = scale * exp_(s[i] - shift);
     const C kept = abs_(r) < tiny ? C(0) : r;
     s[i] = kept;
     sum[i] += kept;
