@@ -183,8 +183,8 @@ void log_mean_exp_columns(View<const T> log_w, i64 samples, i64 columns, compute
   parallel(threads, units, samples * columns, [&](i64 begin, i64 end) {
     alignas(kVectorBytes) C block[kSamplesPerBlock][kColumnsPerUnit], peak[kColumnsPerUnit],
         next[kColumnsPerUnit], shift[kColumnsPerUnit], scale[kColumnsPerUnit], part[kColumnsPerUnit];
-    alignas(kVectorBytes) double
-        sum[kColumnsPerUnit];  // for the sums of blocks: thousands of samples must not cost digits
+    // Sums of blocks: thousands of samples must not cost digits.
+    alignas(kVectorBytes) double sum[kColumnsPerUnit];
     for (i64 unit = begin; unit < end; ++unit) {
       const i64 column = unit * kColumnsPerUnit;
       const int n = static_cast<int>(columns - column < kColumnsPerUnit ? columns - column : kColumnsPerUnit);

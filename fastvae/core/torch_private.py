@@ -139,12 +139,17 @@ def break_graph(reason: str) -> None:
 
 
 def changes_what_it_reads() -> bool:
-    """Return True if the function that Dynamo traces for checkpoint changes an input that it also reads."""
+    """Return True if the function that Dynamo traces for checkpoint changes an input that it also reads.
+
+    Also where this version of Dynamo does not tell.
+    """
     translator: Any = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator
     tracer = translator.current_tx().output.current_tracer
     inputs = [n for n in tracer.graph.nodes if n.op == "placeholder" and _version(n) is not None]
-    versions = zip(inputs, tracer._input_versions_at_beginning, strict=True)
-    changed = [node for node, version in versions if _version(node) != version]
+    versions = getattr(tracer, "_input_versions_at_beginning", ())
+    if len(versions) != len(inputs):
+        return True
+    changed = [node for node, version in zip(inputs, versions, strict=True) if _version(node) != version]
     return any(not _only_changes(node, user) for node in changed for user in node.users) or any(
         node.target is _data_of and _version(node) for node in tracer.graph.nodes
     )
