@@ -81,8 +81,8 @@ class VAE(nn.Module):
         fuse: fuse the decoder's last layer into the objective or evaluation, so that its output is never
             stored, where this is unobservable and not slower: the decoder is an ``nn.Linear`` or an
             ``nn.Sequential`` that ends in one, without hooks, on a CPU, for outputs of some hundred thousand
-            numbers or more. On a GPU, without gradients, the whole decoder is one kernel if its products may
-            be in half precision or TF32. Values and gradients agree to rounding. For other decoders use
+            numbers or more. On a GPU, without gradients, the whole decoder is one kernel in half precision.
+            Values and gradients agree to rounding. For other decoders use
             :class:`fastvae.FusedHead`. Default True.
         modules: all modules that encoder, decoder and prior reach where these are functions, lambdas or other
             callables, in any order, such as ``fastvae.VAE(lambda x: net(x)[0], decoder, modules=[net])``; an

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import activations, common
 from .common import INTERPRETED, cdiv, load, power_of_two, strides
 from .elementary import log1p, log1p_of_odds, odds_of_both
-from .head import OPTIONS, _is_exact, _padded
+from .head import OPTIONS, _padded
 from .launching import Call, Result, fixed, planned
 from .likelihood import value_of_tile
 from .likelihood_parameters import is_heavy, scalar_functions
@@ -31,6 +31,8 @@ from .likelihood_parameters import is_heavy, scalar_functions
 MOST_HIDDEN, WIDEST, MOST_LATENTS = 3, 256, 128
 # Outputs of the last layer, and inputs of a hidden one, per step.
 BLOCK_X, BLOCK_J = 32, 32
+# Weights in flight, and warps of a program: the fastest of 19 on an H200 (docs/log.md). On AMD, by count.
+STAGES, WARPS = (1, 8) if common.LANES == 64 else (3, 4)
 # With fewer samples, most of a tile would be empty.
 FEWEST_SAMPLES = 32
 # The product of 1 + odds <= 2 over as many tiles of the output does not overflow.
@@ -251,10 +253,12 @@ def chain_log_prob_kernel(
 
 
 def fits(h: Tensor, widths: Sequence[int]) -> bool:
-    """Return True if the kernel computes hidden layers of these widths, with input h, by matrix units."""
-    on_units = h.dtype.itemsize == 2 or (h.dtype == torch.float32 and not _is_exact())
+    """Return True if the kernel computes hidden layers of these widths, with input h, in half precision.
+
+    In TF32 it took 1.5 times as long as layer by layer.
+    """
     return (
-        (on_units or INTERPRETED.value)
+        (h.dtype.itemsize == 2 or INTERPRETED.value)
         and 0 < len(widths) <= MOST_HIDDEN
         and (min(widths) > 0 and max(widths) <= WIDEST and 0 < h.shape[1] <= MOST_LATENTS)
     )
@@ -263,12 +267,14 @@ def fits(h: Tensor, widths: Sequence[int]) -> bool:
 def takes(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> bool:
     """Return True if the kernel computes these layers, and is faster than products of torch's.
 
-    Without matrix units, with a heavy likelihood, or with too few samples for a tile, it is slower.
+    In another precision, with a heavy likelihood, or with too few samples for a tile, it is slower.
     """
     of_hidden = [t for layer in layers.hidden for t in layer[:2]]
     given = (x, h, *layers.weights, *layers.biases, *layers.constants, *of_hidden)
+    products = {h.dtype, *(w.dtype for w in layers.weights), *(layer.weight.dtype for layer in layers.hidden)}
     return (
-        fits(h, [layer.weight.shape[0] for layer in layers.hidden])
+        len(products) == 1
+        and fits(h, [layer.weight.shape[0] for layer in layers.hidden])
         and len(h) >= FEWEST_SAMPLES * len(x) > 0
         and x.shape[1] > 0
         and not is_heavy(likelihood.name)
@@ -276,22 +282,21 @@ def takes(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> bool:
     )
 
 
-def _samples_of_a_tile(in_half: bool, names: tuple[str, ...]) -> int:
-    """Return the most samples of a tile that is 256 wide and fits in registers with its activation."""
-    samples = 128 if in_half and "gelu" not in names else 64
-    return samples // 2 if common.LANES == 64 else samples
+def _samples_of_a_tile(names: tuple[str, ...]) -> int:
+    """Return the samples of a tile that is 256 wide and fits in registers with its activation."""
+    return 32 if common.LANES == 64 and "gelu" in names else 64
 
 
 @planned
 def _rows(x, h, *rest) -> Call:
     weights, fixed_ones, inner = rest[:3], [None, *rest[6:8]], rest[8:11]
-    likelihood, exact, names = rest[14:]
+    likelihood, names = rest[14:]
     (b, size), k, inputs = x.shape, h.shape[0] // x.shape[0], h.shape[1]
     widths = [u.shape[0] for u in inner if u is not None]
-    dtypes = {t.dtype for t in (h, *weights, *inner) if t is not None}
-    in_half = len(dtypes) == 1 and h.dtype.itemsize == 2 and not INTERPRETED.value
+    # Float32 only where products are emulated.
+    in_half = h.dtype.itemsize == 2 and not INTERPRETED.value
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[h.dtype] if in_half else tl.float32
-    block = _samples_of_a_tile(in_half, names)
+    block = _samples_of_a_tile(names)
     k_blocks = cdiv(k, block)
     constants = {"HIDDEN": len(widths)}
     for i in range(MOST_HIDDEN):
@@ -301,7 +306,7 @@ def _rows(x, h, *rest) -> Call:
         **{f"VARIES_{i}": p is not None and p.numel() > 1 for i, p in enumerate(fixed_ones) if i},
         "DOT": dot,
         "DTYPE": tl.float32,
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": "ieee",
         "BLOCK_N": block,
         "BLOCK_V": max(16, power_of_two(inputs)),
         "BLOCK_J": BLOCK_J,
@@ -310,7 +315,7 @@ def _rows(x, h, *rest) -> Call:
         # On AMD two tiles of the output do not fit.
         "BLOCK_X": BLOCK_X // 2 if common.LANES == 64 and weights[1] is not None else BLOCK_X,
         **OPTIONS,
-        "num_stages": 1,
+        "num_stages": STAGES,
     }
     functions = {name: f for name, f in scalar_functions(likelihood.name)[0].items() if name != "PADDING"}
     each = [n for w in weights for n in strides(w, 2)]
@@ -323,7 +328,7 @@ def _rows(x, h, *rest) -> Call:
         (Result((k, b), torch.float32),),
         (k, b, k_blocks, *map(fixed, (*sizes, *strides(x, 2), *h.stride(), *each, *of_fixed, *of_hidden))),
         constants | functions,
-        8,
+        WARPS,
     )
 
 
@@ -338,4 +343,4 @@ def chain_log_prob(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> Tensor
     biases = [None if layer.bias is None else layer.bias.contiguous() for layer in layers.hidden]
     names = tuple(layer.activation for layer in layers.hidden)
     tensors = (x, h, *_padded(layers), *weights, *none, *biases, *none)
-    return _rows(tensors, (likelihood, _is_exact(), names))[0]
+    return _rows(tensors, (likelihood, names))[0]

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import distributions as td
 
-from benchmarks import frontend, report
+from benchmarks import frontend, report, users
 from benchmarks.likelihood import log_prob
 from benchmarks.logsumexp import log_mean_exp
 from benchmarks.measure import (
@@ -242,6 +242,32 @@ def _first() -> list[Item]:
         *(layer("last layer", size) for size in layers),
         *(layer("last layer, TF32", size) for size in layers),
         *(layer("last layer", size, "bfloat16") for size in layers),
+        *(
+            Item(c.name, tuple(c.sizes.values()), seconds=8, small=tuple(c.tiny.values()))
+            for c in users.CASES
+        ),
+        *(
+            Item(what, (5000, 10000, 50), precision, seconds=10, small=(8, 4, 3))
+            for what in ("whole decoder of two hidden layers", "whole decoder")
+            for precision in ("float32", "bfloat16")
+        ),
+        *(
+            Item(what, size, small=small)
+            for what, size, small in (
+                ("classes", (500, 4000, 1), (3, 5, 1)),
+                ("classes", (500, 8, 200), (3, 5, 4)),
+                ("clicks", (500, 4000), (3, 5)),
+                ("negative_binomial", (128, 2000), (3, 5)),
+                ("zero_inflated_negative_binomial", (128, 2000), (3, 5)),
+                ("discretized logistic mixture", (64, 10, 1024), (2, 3, 4)),
+                ("mixture", (5000, 500, 50), (3, 4, 5)),
+                ("mixture", (128, 500, 50), (3, 4, 5)),
+                ("aggregate", (512, 64), (4, 3)),
+                ("aggregate", (64, 16), (4, 3)),
+                ("nearest code", (65536, 512, 64), (5, 4, 3)),
+                ("full covariance", (50, 128, 50), (2, 3, 4)),
+            )
+        ),
     ]
 
 
@@ -274,6 +300,7 @@ class State:
         stop: deadline of the last work, in seconds since the epoch.
         only: parts of names; items without any of them are not measured. All if empty.
         first: the items of ``--first`` are measured now, those before the tests.
+        budget: seconds of rounds per work.
         csv: path of the rows.
         machines: precision → the GPU's best speed.
         began: the item being measured.
@@ -287,6 +314,7 @@ class State:
     stop: float
     out: str
     dry_run: bool
+    budget: float = BUDGET
     only: list[str] = field(default_factory=list)
     first: bool = False
     csv: str = ""
@@ -402,7 +430,7 @@ def _measure(item: Item, host: Host, machine: Machine, where: report.Row, state:
     for work in item.works(host, state.dry_run):
         if (work.group, work.case, work.direction) in written:
             continue
-        rows = report.rows_of(work, measure(work, 0 if state.dry_run else BUDGET, host), machine, where)
+        rows = report.rows_of(work, measure(work, state.budget, host), machine, where)
         report.append_csv(rows, csv)
         print(report.table(rows), flush=True)
     print(f"  ({item.name}: {time.perf_counter() - began:.1f} s)", flush=True)
@@ -444,6 +472,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="without a device: run every line on tiny CPU tensors with Triton's interpreter; the output is "
         "marked as a dry run, and its numbers mean nothing",
     )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        help=f"seconds of rounds per computation (default {BUDGET}); 0 compiles and checks, with few rounds",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
@@ -470,6 +504,7 @@ def main(arguments: list[str] | None = None) -> int:
             stop=began + max(options.seconds - RESERVE, 0),
             out=str(options.out.resolve()),
             dry_run=options.dry_run,
+            budget=0 if options.dry_run else options.budget,
             only=options.only,
             first=options.first,
         )

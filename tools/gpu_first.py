@@ -1,6 +1,7 @@
 """The first measurements on a GPU: ``python -m tools.gpu --first``.
 
-Launch parameters of the likelihoods in turns, the front end, ``fastvae.graphed``, and the last layer.
+Launch parameters of the likelihoods in turns, the front end, ``fastvae.graphed``, the last layer, steps
+shaped like users' codes, whole decoders in an evaluation, and the ops that the other items lack.
 """
 
 from __future__ import annotations
@@ -13,19 +14,37 @@ from typing import Any
 import torch
 
 import fastvae
-from benchmarks import frontend, head, likelihood, objectives
+from benchmarks import (
+    aggregate,
+    categorical,
+    codebook,
+    components,
+    frontend,
+    head,
+    likelihood,
+    mixture,
+    multinomial,
+    normal_full,
+    objectives,
+    users,
+)
 from benchmarks.measure import FALLBACK, OURS, Place, Work, assert_near, bits_of
+from benchmarks.users.case import step_of
 from fastvae.ops.likelihood import DECLARED
 
 from .device import DeviceLost
 
 # Groups of the rows, in order, and the headings of their tables.
 PARAMETERS, FRONT_END, GRAPHED, LAST_LAYER = "parameters", "front end", "fastvae.graphed", "last layer"
+USERS, DECODERS, MORE = users.case.GROUP, "whole decoders", "more ops"
 TABLES = {
     PARAMETERS: "launch parameters, the default (fastvae) and others, µs, × of it; same bits unless noted",
     FRONT_END: "an objective, forward+backward, without its decoder, µs per call, × of fastvae's",
     GRAPHED: "a training step by fastvae.graphed (fastvae), and otherwise, µs, × of it",
     LAST_LAYER: "last layer and likelihood, forward+backward, fused (fastvae) and not, µs, × of it (MiB)",
+    USERS: "steps shaped like users' codes (python -m benchmarks users), µs, × of it",
+    DECODERS: "log p(x) by whole decoders in one kernel (fastvae) and layer by layer, µs, × of it",
+    MORE: "more ops, µs, × of it",
 }
 # Values in turns: elements of a forward program's tile, and samples of a backward program.
 VALUES = {"tile": (1024, 2048), "samples": (1, 2, 4)}
@@ -151,7 +170,94 @@ def last_layer(precision: str, size: tuple[int, ...], place: Place) -> Iterator[
         torch.set_float32_matmul_precision(before)
 
 
+def user(name: str, size: tuple[int, ...], place: Place) -> Iterator[Work]:
+    """Yield a case of ``python -m benchmarks users``, and its training step as CUDA graphs."""
+    (case,) = (c for c in users.CASES if c.name == name)
+    tiny = size[0] == case.tiny["batch"]
+    (work,) = users.case.works([case], tiny, False, place)
+    if case.trains:
+        randn = functools.partial(torch.randn, device=place.device)
+        losses = {OURS: case.ours, "eager": lambda model, batch: case.eager(model, batch, randn)}
+        for way, loss in losses.items():
+            work.run[f"{way}, graphed"] = _graphed_user(case, tiny, loss, place)
+    yield work
+    # Graphs keep their memory.
+    work.run.clear()
+
+
+def _graphed_user(case: Any, tiny: bool, loss: Callable[..., Any], place: Place) -> Callable[[], Any]:
+    torch.manual_seed(0)
+    model, batch = case.build(**(case.tiny if tiny else case.sizes))
+    model, batch = model.to(place.device), users.case.on(place.device, batch)
+    step = fastvae.graphed(step_of(model, lambda: loss(model, batch), capturable=place.device.type == "cuda"))
+    try:
+        for _ in range(4):
+            step()
+    except RuntimeError as error:
+        raise DeviceLost(str(error)) from error
+    return step
+
+
+@torch.no_grad()
+def whole_decoder(hidden: tuple[int, ...], size: tuple[int, ...], place: Place) -> Iterator[Work]:
+    """Yield log p(x) of images, with the decoder in one kernel and layer by layer; in float32 by TF32."""
+    k, images, latent = size
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        model = objectives.model_of(hidden, latent).eval().to(place.device, place.dtype)
+        torch.manual_seed(1)
+        x = torch.rand(images, objectives.PIXELS).round().to(place.device, place.dtype)
+        ways = {OURS: {}, "layer by layer": {"fuse": False}}
+        run, found = {}, {}
+        for way, options in ways.items():
+            vae = fastvae.VAE(model["encoder"], model["decoder"], likelihood="bernoulli", **options)
+
+            def evaluate(vae: Any = vae) -> torch.Tensor:
+                torch.manual_seed(2)
+                return fastvae.evaluate(vae, x, k=k, progress=False).log_px
+
+            run[way] = evaluate
+
+        def check(way: str) -> None:
+            found[way] = run[way]().mean().double().cpu()
+            # Of the same noise; rounded products of ten bits, or eight, in each layer.
+            assert abs(found[way] - found[OURS]) < 0.5, f"log p(x) is {found}"
+
+        name = f"{objectives._name(hidden, latent)}, K={k}, {images} images{place.label}"
+        operations = images * k * objectives._products(hidden, latent)[1]
+        checks = {way: functools.partial(check, way) for way in ways}
+        yield Work(DECODERS, name, "evaluation", run, checks, 0, operations)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def more(works: Callable[..., Any], size: tuple[int, ...], place: Place) -> Iterator[Work]:
+    """Yield an op at one size, without torch.compile's versions."""
+    found = works(*size, place=replace(place, versions={}))
+    for work in [found] if isinstance(found, Work) else found:
+        yield replace(work, group=MORE, case=f"{work.group} {work.case}", target={})
+
+
+def _with_target(works: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *size, place: works(*size, {}, place)
+
+
 WORKS = {
+    **{case.name: functools.partial(user, case.name) for case in users.CASES},
+    "whole decoder": functools.partial(whole_decoder, (200,)),
+    "whole decoder of two hidden layers": functools.partial(whole_decoder, (200, 200)),
+    "classes": functools.partial(more, lambda *s, place: categorical.classes(*s, -1, place)),
+    "clicks": functools.partial(more, multinomial.clicks),
+    **{
+        name: functools.partial(more, lambda *s, place, name=name: components.counts(name, *s, place))
+        for name in ("negative_binomial", "zero_inflated_negative_binomial")
+    },
+    "discretized logistic mixture": functools.partial(more, components.mixture),
+    "mixture": functools.partial(more, _with_target(mixture.mixture)),
+    "aggregate": functools.partial(more, _with_target(aggregate.aggregate)),
+    "nearest code": functools.partial(more, codebook.nearest),
+    "full covariance": functools.partial(more, _with_target(normal_full.rsample_tril)),
     "parameters of gaussian_log_prob": functools.partial(parameters, "gaussian"),
     "parameters of bernoulli_log_prob": functools.partial(parameters, "bernoulli"),
     "front end": front_end,

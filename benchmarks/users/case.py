@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvae.random import draw_seed, normal
 
-from ..measure import COMPILE, OURS, Work
+from ..measure import COMPILE, CPU, OURS, Place, Work
 
 GROUP = "users"
 # On a CPU torch.compile's own random numbers are slow.
@@ -67,16 +67,26 @@ def log_normal(z: Tensor, mu: Tensor | float, logvar: Tensor) -> Tensor:
     return -0.5 * (LOG_2PI + logvar + (z - mu).pow(2) / logvar.exp())
 
 
-def fastvae_noise(*shape: int) -> Tensor:
+def fastvae_noise(*shape: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw the normals that fastvae's next draw takes from the same random state."""
     dtype = torch.get_default_dtype()
-    return normal(draw_seed(), *shape[:-2] or (1,), *shape[-2:], dtype=dtype).reshape(shape)
+    return normal(draw_seed(device), *shape[:-2] or (1,), *shape[-2:], dtype=dtype).reshape(shape)
+
+
+def on(device: torch.device, batch: Any) -> Any:
+    """Return a batch, a tensor or a tuple or mapping of tensors, on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {name: on(device, part) for name, part in batch.items()}
+    return tuple(on(device, part) for part in batch)
 
 
 def losses(case: Case, model: nn.Module, batch: Any, seed: int) -> tuple[Tensor, Tensor]:
     """Return the authors' loss, with its missing constant, and fastvae's, of the same noise."""
     torch.manual_seed(seed)
-    theirs = case.eager(model, batch, fastvae_noise) + case.constant(batch)
+    noise = functools.partial(fastvae_noise, device=next(model.parameters()).device)
+    theirs = case.eager(model, batch, noise) + case.constant(batch)
     torch.manual_seed(seed)
     return theirs, case.ours(model, batch)
 
@@ -87,6 +97,12 @@ def check(case: Case, model: nn.Module, batch: Any) -> None:
     In float32, where a sum of thousands of terms has a relative error of some 1e-6; tests compare in float64.
     """
     model = copy.deepcopy(model).eval()
+    # cuDNN convolves in TF32, and has no backward pass of a recurrent layer in evaluation.
+    with torch.backends.cudnn.flags(enabled=False):
+        _check(case, model, batch)
+
+
+def _check(case: Case, model: nn.Module, batch: Any) -> None:
     theirs, ours = losses(case, model, batch, 3)
     value, expected = float(ours.detach()), float(theirs.detach())
     assert abs(value - expected) <= 1e-4 * (1 + abs(expected)), f"the loss is {value}, eager {expected}"
@@ -98,9 +114,10 @@ def check(case: Case, model: nn.Module, batch: Any) -> None:
         assert apart <= 1e-3 * size + 1e-6, f"a gradient of norm {size:.3g} differs by {apart:.3g}"
 
 
-def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return a training step: zero_grad, forward, loss, backward and Adam."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+def step_of(model: nn.Module, loss: Callable[[], Tensor], capturable: bool = False) -> Callable[[], Tensor]:
+    """Return a training step: zero_grad, forward, loss, backward and Adam, which a CUDA graph may capture."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-4, capturable=capturable)
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -112,12 +129,14 @@ def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor
     return step
 
 
-def works(cases: list[Case], tiny: bool = False, compiled: bool = True) -> Iterator[Work]:
+def works(cases: list[Case], tiny: bool = False, compiled: bool = True, place: Place = CPU) -> Iterator[Work]:
     """Yield the work of each case; each implementation trains its own copy of the model."""
+    randn = functools.partial(torch.randn, device=place.device)
     for case in cases:
         torch.manual_seed(0)
         model, batch = case.build(**(case.tiny if tiny else case.sizes))
-        functions = {OURS: case.ours, "eager": lambda m, b, case=case: case.eager(m, b, torch.randn)}
+        model, batch = model.to(place.device), on(place.device, batch)
+        functions = {OURS: case.ours, "eager": lambda m, b, case=case: case.eager(m, b, randn)}
         if compiled:
             torch._dynamo.reset()
             functions[COMPILE] = torch.compile(functions["eager"], dynamic=False, options=COMPILED)
@@ -127,4 +146,5 @@ def works(cases: list[Case], tiny: bool = False, compiled: bool = True) -> Itera
             call = functools.partial(function, own, batch)
             run[name] = step_of(own, call) if case.trains else torch.no_grad()(call)
         checks = {OURS: lambda case=case, m=model, b=batch: check(case, m, b)}
-        yield Work(GROUP, case.name, "step" if case.trains else "evaluation", run, checks)
+        name = f"{case.name}{place.label}"
+        yield Work(GROUP, name, "step" if case.trains else "evaluation", run, checks)

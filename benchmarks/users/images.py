@@ -275,7 +275,7 @@ def _eager_m2(model: Any, batch: Any, noise: Noise) -> Tensor:
     loss = negative_elbo(labelled, one_hot).mean()
     loss = loss + ALPHA * functional.cross_entropy(model["classifier"](labelled), labels)
     repeated = x.repeat_interleave(classes, 0)
-    every = torch.eye(classes).repeat(len(x), 1)
+    every = torch.eye(classes, device=x.device).repeat(len(x), 1)
     each = negative_elbo(repeated, every).view(len(x), classes)
     log_q = functional.log_softmax(model["classifier"](x), 1)
     return loss + (log_q.exp() * (each + log_q)).sum(1).mean()

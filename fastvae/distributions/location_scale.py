@@ -12,6 +12,7 @@ from torch import distributions as td
 
 from .. import random
 from ..core.checks import check_same_device, check_same_shape, check_tensor, may_look
+from ..core.numbers import as_tensor
 from ..core.torch_private import functorch_is_active
 from ..ops.op import accumulator
 from .base import Distribution, Located, hold, is_still
@@ -324,7 +325,7 @@ class StudentT(LocationScale):
         if not isinstance(df, Tensor):
             if not isinstance(df, (int, float)) or not 0 < df < math.inf:
                 raise ValueError(f"df must be a number above 0, or a tensor of such; got {df!r}")
-            df = torch.tensor(float(df), dtype=torch.float64, device=loc.device)
+            df = as_tensor(float(df), torch.float64, loc.device)
         elif may_look(df) and not functorch_is_active() and bool((df <= 0).any()):
             raise ValueError(f"df must be above 0 everywhere; got a tensor with {float(df.min()):g}")
         hold(self, df=df)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -70,6 +71,9 @@ class AdaptedDraws(Draws):
             if last in self._rounds:
                 self._refit(rows)
         return total
+
+    def at_once(self, looks: Sequence[int]) -> None:
+        """Return None: later draws depend on earlier ones."""
 
     def _keep(self, chunks: list[Tensor], start: int, rows: Tensor | None) -> None:
         for log_w in chunks:

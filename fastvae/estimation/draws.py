@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +65,18 @@ class Draws:
         ``rows`` are the indices of the examples to draw for. Default: all.
         """
         return self.folded(start, stop, rows)
+
+    def at_once(self, looks: Sequence[int]) -> tuple[Weights, list[Tensor]] | None:
+        """Return the weights of all draws, and the estimate after each number of draws in ``looks``.
+
+        None if processes share the draws.
+        """
+        if not isinstance(self._ranks, Alone):
+            return None
+        curve: list[Tensor] = []
+        place: dict[str, Any] = {"row_offset": self._row_offset, "looks": looks[:-1], "curve": curve}
+        total = _stream.weights(self._inputs, self._seed, 0, looks[-1], self._chunks, self._tail, **place)
+        return total, [*curve, total.log_px]
 
     def folded(
         self, start: int, stop: int, rows: Tensor | None, kept: list[Tensor] | None = None

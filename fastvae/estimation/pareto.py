@@ -59,8 +59,8 @@ def pareto_khat(log_w: Tensor) -> Tensor:
 _FLAT = 1e-3
 
 
-# Largest intermediate of the fit, in numbers: candidates × tail × examples.
-_FIT_SIZE = 2**21
+# Largest intermediate of the fit, in numbers: candidates × tail × examples. On a GPU launches count.
+_FIT_SIZE, _FIT_SIZE_ON_GPU = 2**21, 2**24
 
 
 class TailFit(NamedTuple):
@@ -97,7 +97,8 @@ def fit_tail(tail: Tensor, count: Tensor) -> TailFit:
     def shape(theta: Tensor) -> Tensor:
         # An exported program, whose batch may vary, cannot split by size.
         exporting = torch.compiler.is_exporting()
-        size = theta.shape[0] if exporting else max(1, _FIT_SIZE // max(1, excess.numel()))
+        most = _FIT_SIZE_ON_GPU if excess.is_cuda else _FIT_SIZE
+        size = theta.shape[0] if exporting else max(1, most // max(1, excess.numel()))
         return torch.cat([torch.log1p(-t[:, None] * excess).sum(1) for t in theta.split(size)]) / n
 
     xi = shape(theta)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -50,7 +52,12 @@ class Chunks:
             return most if size is None else min(size, most)
         if size is None:
             numbers, rows = self._CPU if inputs.device.type == "cpu" else self._GPU
-            width = event_size(inputs.x) if isinstance(inputs.likelihood, Declared) else self._width
+            width = self._width
+            if isinstance(inputs.likelihood, Declared):
+                seen, width = width, event_size(inputs.x)
+                # On a GPU a fused last layer stores its input alone.
+                if seen is not None and inputs.device.type != "cpu":
+                    width = min(seen, width)
             if width is None:
                 return 1  # measures the width
             size = min(rows, numbers // max(1, width)) // max(1, batch)
@@ -159,8 +166,14 @@ def suppress_out_of_memory() -> Iterator[None]:
             raise
 
 
-# Log weights to fold at once, if available: a few megabytes.
-_FOLDED = 2**20
+def _log_sum(log_w: Tensor, before: Tensor | None) -> Tensor:
+    total = torch.logsumexp(log_w.double(), 0)
+    return total if before is None else torch.logaddexp(before, total)
+
+
+# Log weights to fold at once, if available: a few megabytes, and on a GPU, where the number of launches
+# counts, some tens.
+_FOLDED, _FOLDED_ON_GPU = 2**20, 2**23
 
 
 def weights(
@@ -171,22 +184,37 @@ def weights(
     chunks: Chunks,
     tail: int,
     kept: list[Tensor] | None = None,
+    looks: Sequence[int] = (),
+    curve: list[Tensor] | None = None,
     **options: Any,
 ) -> Weights:
     """Fold draws ``start`` to ``stop`` into :class:`Weights`; options are those of :func:`stream`.
 
-    The log weights of each chunk are appended to the list ``kept``, if given.
+    The log weights of each chunk are appended to the list ``kept``, if given, and to ``curve`` the estimates
+    [B] of log p(x) by the first draws, whose numbers are ``looks``, ascending.
     """
     groups = GROUPS if options.get("row_offset") == SHARED else 0
     total: Weights | None = None
     # One buffer: small tensors between the chunks' activations would fragment the heap, which grows with k.
     buffer, filled = None, 0
 
+    log_sum: Tensor | None = None  # logarithm of the sum of the weights of all draws so far
+    left = list(looks)
+
     def fold(log_w: Tensor) -> Weights:
+        nonlocal log_sum
+        begin = start - len(log_w)
+        while curve is not None and left and left[0] <= start:
+            now = _log_sum(log_w[: left[0] - begin], log_sum)
+            curve.append(now - math.log(left.pop(0)))
+        log_sum = _log_sum(log_w, log_sum) if left else None
         part = Weights.of(log_w, tail, start - len(log_w), randomisations_of(seed), groups)
         return part if total is None else total.merge(part)
 
-    for log_w in stream(inputs, seed, start, stop, chunks, **options):
+    # A look ends a chunk.
+    ends = [start, *(n for n in looks if start < n < stop), stop]
+    streams = (stream(inputs, seed, *ends_of, chunks, **options) for ends_of in pairwise(ends))
+    for log_w in itertools.chain.from_iterable(streams):
         count, batch = log_w.shape
         if buffer is not None and filled + count > len(buffer):
             # The first chunk, of one draw, may be far smaller than the others.
@@ -195,7 +223,8 @@ def weights(
         if kept is not None:
             kept.append(log_w)
         # Folding takes some forty small ops: worthwhile for many draws, at least as many as the tail.
-        enough = stop if torch.compiler.is_exporting() else max(tail, _FOLDED // max(1, batch))
+        most = _FOLDED_ON_GPU if log_w.is_cuda else _FOLDED
+        enough = stop if torch.compiler.is_exporting() else max(tail, most // max(1, batch))
         if filled == 0 and (start == stop or count >= enough):
             total = fold(log_w)
             continue

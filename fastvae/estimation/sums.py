@@ -19,6 +19,7 @@ are those of c w, and the moments are sums of :math:`c^a y^b`.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -142,6 +143,7 @@ class WeightSums:
         """All fields, in the order of the constructor."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
+    @functools.cached_property
     def _relative(self) -> tuple[Tensor, Tensor]:
         """Return the tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
         shift = finite_shift(self.maximum).double()
@@ -151,7 +153,7 @@ class WeightSums:
 
     def _sums(self, powers: int) -> Tensor:
         """Sum the first powers of all weights [powers, B], relative to the maximum."""
-        tail, rest = self._relative()
+        tail, rest = self._relative
         return _power_sums(tail, powers) + rest[:powers]
 
     @property
@@ -178,11 +180,12 @@ def rescaled(powers: Tensor, log_scale: Tensor) -> Tensor:
 
 def moved(moments: Tensor, offset: Tensor, factor: Tensor) -> Tensor:
     """Return the sums of c^a (offset + factor y)^b, given those of c^a y^b [3, 4, B]."""
-    rows = []
-    for b in range(moments.shape[1]):
-        terms = [math.comb(b, i) * offset ** (b - i) * factor**i * moments[:, i] for i in range(b + 1)]
-        rows.append(torch.stack(terms).sum(0))
-    return torch.stack(rows, 1)
+    order = torch.arange(moments.shape[1], device=moments.device)[:, None]
+    sums = moments * factor**order
+    # Adding the lower power to the upper ones repeatedly gives binomial coefficients, in few launches.
+    for b in range(1, sums.shape[1]):
+        sums[:, b:] += offset * sums[:, b - 1 : -1]
+    return sums
 
 
 def _by_turns(log_w: Tensor, start: int, randomisations: int) -> Tensor:

@@ -146,7 +146,7 @@ ESTIMATES = estimates_of(LogMarginal)
 class Weights(WeightSums):
     """Estimates of log p(x), their errors and diagnostics, from the statistics of the weights."""
 
-    @property
+    @functools.cached_property
     def log_px(self) -> Tensor:
         """Estimate of log p(x) [B], the log of the mean weight."""
         return self._log_mean(self._sums(1)[0])
@@ -220,7 +220,7 @@ class Weights(WeightSums):
             value = torch.where(nothing, -math.inf, self.log_px + found.correction)
             return value, found.jackknife_stderr
         k = self.count.double()
-        tail, rest = self._relative()
+        tail, rest = self._relative
         total = tail.sum(0) + rest[0]
         share = tail / total
         # The sum without the largest weight, which may dominate, is computed relative to the second largest.
@@ -249,7 +249,7 @@ class Weights(WeightSums):
     def psis(self) -> Tensor:
         """Pareto-smoothed estimate of log p(x) [B]; log_px where no tail can be fitted."""
         fit = self._pareto
-        tail, rest = self._relative()
+        tail, rest = self._relative
         rank = torch.arange(self.tail.shape[0], dtype=torch.float64, device=tail.device)[:, None]
         # Standard exponential quantiles; those of the Pareto distribution are σ (e^{k x} - 1) / k.
         x = -torch.log1p(-((rank + 0.5) / fit.n).clamp(max=1 - 1e-16))
@@ -347,7 +347,7 @@ class Weights(WeightSums):
         It is -inf without a fit, and +inf where the posterior does not bound it.
         """
         k, n = self.count.double(), fit.n.double()
-        tail, rest = self._relative()
+        tail, rest = self._relative
         share = n / k
         mean = (torch.where(fit.inside, 0.0, tail).sum(0) + rest[0]) / (k - n)
         found_above = torch.where(fit.inside, tail, 0.0).sum(0) / n
@@ -376,7 +376,7 @@ class Weights(WeightSums):
         end = torch.where(used, at + 7 * spread, -math.inf).amax(0)
 
         def excess(value: Tensor) -> Tensor:
-            below: Tensor = (weight * torch.special.ndtr((value - at) / spread)).sum(0)
+            below: Tensor = (weight * torch.special.ndtr((value[:, None] - at) / spread)).sum(1)
             return below - probability
 
         found: Tensor = finite_shift(self.maximum).double() + _root(excess, begin, end)
@@ -386,21 +386,30 @@ class Weights(WeightSums):
 
 
 def _root(f: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor) -> Tensor:
-    """Find the root of f, which rises from below 0 at ``begin`` to above 0 at ``end``.
+    """Find the root [B] of f, which rises from below 0 at ``begin`` [B] to above 0 at ``end``.
 
-    Bisection until f is almost linear, then the Illinois rule.
+    f takes any number of values per example, [N, B]: a GPU's launches cost more than their arithmetic. Each
+    step keeps one of nine parts, until f is almost linear; then two steps of regula falsi.
     """
-    low, high = f(begin), f(end)
-    above = torch.zeros_like(begin, dtype=torch.bool)
-    for step in range(24):
-        middle = (begin + end) / 2 if step < 12 else end - high * (end - begin) / (high - low)
-        value = f(middle)
-        was, above = above, value >= 0
-        if step >= 12:  # Illinois rule: halve the value at an end that is retained twice
-            low, high = torch.where(above & was, low / 2, low), torch.where(~(above | was), high / 2, high)
+    parts = torch.arange(1, 9, device=begin.device)[:, None]
+    for _ in range(7):
+        width = (end - begin) / 9
+        begin = begin + width * (f(begin + width * parts) < 0).sum(0)
+        end = begin + width
+    low, high = f(torch.stack([begin, end]))
+    for _ in range(2):
+        middle = _crossing(begin, end, low, high)
+        value = f(middle[None])[0]
+        above = value >= 0
         begin, low = torch.where(above, begin, middle), torch.where(above, low, value)
         end, high = torch.where(above, middle, end), torch.where(above, value, high)
-    return torch.where(high < -low, end, begin)
+    return _crossing(begin, end, low, high)
+
+
+def _crossing(begin: Tensor, end: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return where the line from (begin, low) to (end, high) crosses 0, at most at an end."""
+    share = (low / (low - high)).nan_to_num(0.0).clamp(0, 1)
+    return begin + share * (end - begin)
 
 
 def _hall(z: float, skewness: Tensor) -> Tensor:

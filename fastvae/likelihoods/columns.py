@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.checks import as_int64, check_data, check_same_device, check_tensor, shape_of
 from ..core.nested import Conditioning
+from ..core.numbers import as_tensor
 from ..ops.categorical import Classes, column_rows
 from ..ops.op import accumulator
 from .base import Likelihood
@@ -59,8 +61,9 @@ class _Group:
         self.data = _Selection([p.column for p in places])
         if isinstance(self.likelihood, Categorical):
             self.outputs = [_Selection([p.first + c for p in places for c in range(p.width)])]
-            widths = torch.tensor([0, *(p.width for p in places)])
-            self.begins = tuple(widths.cumsum(0).tolist())
+            self.begins = (0, *itertools.accumulate(p.width for p in places))
+            # Of a mask of the columns, for each output.
+            self.repeated = _Selection([i for i, p in enumerate(places) for _ in range(p.width)])
         else:
             width = places[0].width
             self.outputs = [_Selection([p.first + j for p in places]) for j in range(width)]
@@ -82,8 +85,7 @@ class _Group:
             if mask is not None:
                 # In a dtype that represents ignore_index.
                 x = torch.where(mask, as_int64(x), likelihood.ignore_index)
-            widths = torch.tensor([p.width for p in self.places], device=outputs[0].device)
-            seen = None if mask is None or not likelihood.probs else mask.repeat_interleave(widths, 1)
+            seen = None if mask is None or not likelihood.probs else self.repeated.of(mask)
             logits = likelihood._logits(outputs[0], seen)
             return column_rows(x, self.begins, logits, likelihood.ignore_index).reshape(samples, len(x))
         assert isinstance(likelihood, Declared)
@@ -104,7 +106,7 @@ class _Group:
         if all(isinstance(v, float) and v == values[0] for v in values):
             return values[0]
         dtype, device = accumulator(output.dtype), output.device
-        return torch.stack([torch.as_tensor(v, dtype=dtype, device=device).reshape(()) for v in values])
+        return torch.stack([as_tensor(v, dtype, device).reshape(()) for v in values])
 
 
 class Columns(Likelihood):

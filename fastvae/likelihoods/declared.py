@@ -14,6 +14,7 @@ from ..core.checks import check_data, check_same_device, check_tensor, on_same_d
 from ..core.deferred import LastLayer, check_unchanged
 from ..core.fast_path import are_outputs
 from ..core.nested import Conditioning, repeat
+from ..core.numbers import as_tensor
 from ..ops.head import Layers, in_one_kernel, linear_rows, pays
 from ..ops.likelihood import check_support, flat_mask
 from ..ops.op import accumulator
@@ -178,7 +179,7 @@ class Declared(Likelihood):
         given = self._given(first)
         every = self._arranged(self._read(first, parameters, 1, given), given)
         dtype = accumulator(first.dtype)
-        return [torch.as_tensor(p, dtype=dtype, device=first.device).expand(first.shape) for p in every]
+        return [as_tensor(p, dtype, first.device).expand(first.shape) for p in every]
 
     def fused(
         self, x: Tensor, parameters: Any, samples: int, conditioning: Conditioning | None = None

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core import backend as _backend
 from ..core.checks import check_data, check_same_device, check_tensor, may_look, shape_of
 from ..core.deferred import LastLayer, multiply_out
+from ..core.numbers import as_tensor
 from ..core.sparse import span
 from .likelihood import DECLARED, PUBLIC, check_support, result_dtype
 from .op import accumulator
@@ -108,7 +109,7 @@ def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
     flat, rows = [first.reshape(len(first), size)], x.reshape(len(x), size)
     for output, value in zip(declared.outputs[1:], outputs[1:], strict=True):
         dtype = None if isinstance(value, Tensor) else accumulator(first.dtype)
-        p = torch.as_tensor(value, dtype=dtype, device=x.device)
+        p = as_tensor(value, dtype, x.device)
         check_tensor(output, p)
         is_row = p.shape == x.shape[1:] or p.shape == (1, *x.shape[1:])
         if not (p.shape == first.shape or p.numel() == 1 or is_row):

@@ -32,6 +32,7 @@ from torch import Tensor
 from ..core import backend as _backend
 from ..core.checks import check_data, check_same_device, check_tensor, shape_of
 from ..core.deferred import HiddenLayer
+from ..core.numbers import as_tensor
 from .likelihood import DECLARED, check_support, refuse, result_dtype
 from .op import Op, cast, or_none
 from .reduce import _HOW, BoundReduction, check_bound, check_grads, finish
@@ -624,9 +625,7 @@ def linear_log_prob(
     check_support(declared, x)
     rows = []
     for name, value in zip(declared.outputs[products:], constants, strict=True):
-        p = torch.as_tensor(
-            value, dtype=None if isinstance(value, Tensor) else torch.float32, device=x.device
-        )
+        p = as_tensor(value, None if isinstance(value, Tensor) else torch.float32, x.device)
         if p.numel() not in (1, size):
             raise ValueError(f"{name} has shape {shape_of(p)}; expected one number, or X = {size} of them")
         check_same_device(name, p, "x", x)

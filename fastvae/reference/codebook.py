@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements of [N, U] computed at a time: the size of a core's second-level cache, or a GPU's.
-NUMBERS_ON_CPU, NUMBERS_ELSEWHERE = 1 << 19, 1 << 23
+# Elements of [N, U] computed at a time: the size of a core's second-level cache; on a GPU launches cost more.
+NUMBERS_ON_CPU, NUMBERS_ELSEWHERE = 1 << 19, 1 << 25
 # A matrix product of fewer rows is slow.
 FEWEST_ROWS = 16
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.compare import assert_near
+from tools import fakecard
+
+# What counts launches or orders errors, or draws seeds on the card in a graph: not those of the CPU.
+simulated = pytest.mark.skipif(not fakecard.is_active(), reason="needs the fake card")
 
 # Sizes that all differ, so that a swapped axis shows.
 K, B, D, X, U, H = 3, 5, 7, 11, 4, 6
@@ -17,6 +23,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     """Return normals on the CPU."""
     return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def assert_launched(card: Sequence[Any] | None, count: int, *names: str) -> None:
+    """Assert that ``count`` kernels or more were launched, and those named; a real card is not watched."""
+    if card is not None:
+        assert len(card) >= count and {launch.name for launch in card} >= set(names), card
 
 
 def assert_same(

@@ -14,7 +14,7 @@ from fastvae.ops.head import Layers, linear_rows, reduce_linear
 from fastvae.ops.reduce import BoundReduction, reduce
 from tests import cases
 
-from .compared import DTYPES, B, D, H, K, U, X, assert_same, draw
+from .compared import DTYPES, B, D, H, K, U, X, assert_launched, assert_same, draw
 
 
 def _leaves(count, *shape, dtype=torch.float32, scale=1.0):
@@ -27,10 +27,6 @@ def _data(name, dtype=torch.float32):
 
 def _outputs(name, *shape, dtype=torch.float32):
     return [p.cpu().to(dtype).requires_grad_() for p in cases.parameters(name, *shape, seed=2)]
-
-
-def _names(card):
-    return {launch.name for launch in card}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,7 +45,7 @@ def test_draws(card, dtype, prior):
             lambda *t, e=estimator: ops.rsample_log_ratio(*t[:2], estimator=e, **options(t)),
             inputs,
         )
-    assert _names(card) >= {"rsample_kl_kernel", "rsample_log_ratio_kernel", "rsample_backward_kernel"}
+    assert_launched(card, 3, "rsample_kl_kernel", "rsample_log_ratio_kernel", "rsample_backward_kernel")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
@@ -60,12 +56,12 @@ def test_draws_of_full_normals(card, dtype):
         return ops.rsample_tril(mu, tril, k=K, seed=torch.tensor(5, device=mu.device))
 
     assert_same("rsample_tril", drawn, inputs)
-    assert len(card) >= 2
+    assert_launched(card, 2)
 
 
 def test_noise(card):
     assert_same("normal", lambda seed: fastvae.random.normal(seed, K, B, D), [torch.tensor(77)])
-    assert len(card) == 2
+    assert card is None or len(card) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,7 +70,7 @@ def test_likelihoods(card, name, dtype):
     inputs = [_data(name, dtype), *_outputs(name, K, B, X, dtype=dtype)]
     op = getattr(ops, f"{name}_log_prob")
     assert_same(name, op, inputs)
-    assert len(card) >= 2
+    assert_launched(card, 2)
     if dtype == torch.float32:
         mask = cases.mask_of("most", B, X).cpu()
         assert_same(f"{name}, mask", lambda x, mask, *p: op(x, *p, mask=mask), [inputs[0], mask, *inputs[1:]])
@@ -160,7 +156,7 @@ def test_whole_decoders(card, name, depth, monkeypatch):
         return linear_rows(name, x, Layers(z, weight, bias, hidden=tuple(layers)))
 
     assert_same("whole decoder", rows, [_data(name), z, weight, bias, *(t for pair in hidden for t in pair)])
-    assert "chain_log_prob_kernel" in _names(card)
+    assert_launched(card, 1, "chain_log_prob_kernel")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
@@ -182,7 +178,7 @@ def test_other_ops(card, dtype):
         ops.multinomial_log_prob,
         [counts, draw(K, B, X, seed=8, dtype=dtype).requires_grad_()],
     )
-    assert len(card) >= 8
+    assert_launched(card, 8)
 
 
 def test_mixtures_of_discretized_logistics(card):

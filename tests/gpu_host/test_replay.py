@@ -17,7 +17,7 @@ from fastvae.kernels import launching
 from fastvae.ops import normal_diagonal
 from tools.fakecard import control
 
-from .compared import DTYPES, B, D, K, X, assert_same, draw
+from .compared import DTYPES, B, D, K, X, assert_same, draw, simulated
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +88,7 @@ def test_objectives_are_replayed_whole(objective, likelihood):
     assert _C.count_plans() == (4, 4)
 
 
+@simulated
 def test_no_python_between_the_node_and_the_launch():
     tensors = _on_card(*_inputs(), torch.tensor(3))
     call = ops.normal_diagonal._rsample_kl._gpu
@@ -99,6 +100,7 @@ def test_no_python_between_the_node_and_the_launch():
     assert [launch.name for launch in found if launch.kind == "driver"] == ["rsample_kl_kernel"]
 
 
+@simulated
 def test_no_python_in_a_compiled_graph():
     torch._dynamo.reset()
     inputs = _on_card(*_inputs(), draw(X, D, seed=9))
@@ -227,6 +229,7 @@ def test_float64_factors_keep_their_digits():
 # What leaves a call to Python
 
 
+@simulated
 def test_the_backend_is_asked_at_each_call(card):
     x, mu, logvar = _on_card(*_inputs())
     for _ in range(2):
@@ -295,6 +298,7 @@ def test_empty_batches_between_others():
 # Errors, threads
 
 
+@simulated
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_failed_launch_names_the_op(compiled, monkeypatch):
     monkeypatch.setattr(normal_diagonal, "FEW_DRAWS", 0)  # for the compiler calls the op of large draws
@@ -313,6 +317,7 @@ def test_a_failed_launch_names_the_op(compiled, monkeypatch):
     call(mu.detach(), logvar.detach(), k=K, seed=seed)
 
 
+@simulated
 @pytest.mark.parametrize("compiled", [False, True])
 def test_memory_that_is_not_there(compiled):
     torch._dynamo.reset()
@@ -340,6 +345,7 @@ def test_a_thread_that_asked_nothing_of_the_card():
     assert torch.equal(found[0].cpu(), expected.cpu())
 
 
+@simulated
 def test_training_by_a_graph_of_replayed_calls():
     """Captured when every call is replayed: the graph has the launches, and computes with new data."""
     layer = nn.Linear(D, X).cuda().requires_grad_(False)

@@ -95,8 +95,8 @@ def evaluate(
             q; ``"adapted"``, fitted to each example during sampling, far better for k of some hundreds or
             more; ``"defensive"``; or an object of :mod:`fastvae.proposals`. ``elbo`` uses the draws from q:
             with ``"adapted"`` the first 64; with the other proposals except ``"posterior"`` it is NaN.
-        batch_size: examples per batch, for data not in batches. It does not change results. Default: 100, on
-            a GPU 500.
+        batch_size: examples per batch, for data not in batches. It does not change results. Default: 100; on
+            a GPU 500, or up to 2000 examples of together at most 2^21 numbers.
         prepare_batch: function of a batch that returns a dict with ``x`` and, optionally, ``mask``,
             ``size_factor`` and ``context`` (:func:`fastvae.elbo`), such as
             ``lambda batch: {"x": batch[0], "context": batch[1]}``. Default: the batch is x.

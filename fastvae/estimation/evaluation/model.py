@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,9 @@ from ...likelihoods.base import Likelihood
 from ...likelihoods.read import as_likelihood
 from .data import place_of
 
-# Default batch sizes. A GPU waits for the host if batches are small: docs/log.md.
-BATCH, BATCH_ON_GPU = 100, 500
+# Default batch sizes, and on a GPU the most examples and numbers of data of a larger one. A GPU waits for the
+# host if batches are small: docs/log.md.
+BATCH, BATCH_ON_GPU, MOST_ON_GPU, MOST_NUMBERS_ON_GPU = 100, 500, 2000, 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,12 @@ class Model:
         """Return the default batch size for the model's device, or the data's."""
         device = self.place[0] or getattr(data, "device", None)
         on_gpu = isinstance(device, torch.device) and device.type != "cpu"
-        return BATCH_ON_GPU if on_gpu else BATCH
+        if not on_gpu:
+            return BATCH
+        # Each batch costs the host some milliseconds. Of data without a shape the examples may be large.
+        shape = getattr(data, "shape", ())
+        numbers = math.prod(shape[1:]) if len(shape) else MOST_NUMBERS_ON_GPU
+        return min(max(BATCH_ON_GPU, MOST_NUMBERS_ON_GPU // max(1, numbers)), MOST_ON_GPU)
 
     def digest(self) -> str:
         """Hash the parameters."""
