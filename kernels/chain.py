@@ -31,8 +31,6 @@ from .likelihood_parameters import is_heavy, scalar_functions
 MOST_HIDDEN, WIDEST, MOST_LATENTS = 3, 256, 128
 # Outputs of the last layer, and inputs of a hidden one, per step.
 BLOCK_X, BLOCK_J = 32, 32
-# Weights in flight, and warps of a program: the fastest of 19 on an H200 (docs/log.md). On AMD, by count.
-STAGES, WARPS = (1, 8) if common.LANES == 64 else (3, 4)
 # With fewer samples, most of a tile would be empty.
 FEWEST_SAMPLES = 32
 # The product of 1 + odds <= 2 over as many tiles of the output does not overflow.
@@ -282,9 +280,17 @@ def takes(likelihood: Any, x: Tensor, h: Tensor, layers: Any) -> bool:
     )
 
 
-def _samples_of_a_tile(names: tuple[str, ...]) -> int:
-    """Return the samples of a tile that is 256 wide and fits in registers with its activation."""
-    return 32 if common.LANES == 64 and "gelu" in names else 64
+def _launch(names: tuple[str, ...]) -> tuple[int, int, int]:
+    """Return samples of a tile, weights in flight, and warps of a program, by the activations.
+
+    A tile is 256 wide and fits in registers with its activation. On an H200 these are the fastest of 19,
+    apart from those that spill (docs/log.md).
+    """
+    if common.LANES == 64:
+        return 32 if "gelu" in names else 64, 1, 8
+    if "gelu" in names:
+        return 64, 1, 8
+    return 64, 3 if len(names) == 1 else 2, 4
 
 
 @planned
@@ -296,7 +302,7 @@ def _rows(x, h, *rest) -> Call:
     # Float32 only where products are emulated.
     in_half = h.dtype.itemsize == 2 and not INTERPRETED.value
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[h.dtype] if in_half else tl.float32
-    block = _samples_of_a_tile(names)
+    block, stages, warps = _launch(names)
     k_blocks = cdiv(k, block)
     constants = {"HIDDEN": len(widths)}
     for i in range(MOST_HIDDEN):
@@ -315,7 +321,7 @@ def _rows(x, h, *rest) -> Call:
         # On AMD two tiles of the output do not fit.
         "BLOCK_X": BLOCK_X // 2 if common.LANES == 64 and weights[1] is not None else BLOCK_X,
         **OPTIONS,
-        "num_stages": STAGES,
+        "num_stages": stages,
     }
     functions = {name: f for name, f in scalar_functions(likelihood.name)[0].items() if name != "PADDING"}
     each = [n for w in weights for n in strides(w, 2)]
@@ -328,7 +334,7 @@ def _rows(x, h, *rest) -> Call:
         (Result((k, b), torch.float32),),
         (k, b, k_blocks, *map(fixed, (*sizes, *strides(x, 2), *h.stride(), *each, *of_fixed, *of_hidden))),
         constants | functions,
-        WARPS,
+        warps,
     )
 
 

@@ -22,12 +22,12 @@ from .logsumexp import add_exponential, combined
 @triton.jit(do_not_specialize=["B", "N"])
 def multinomial_kernel(
     p_x,  # [B, X] counts, of any type
-    p_total,  # [B] their numbers
     p_coefficient,  # [B], or None
     p_mask,  # [B, X] bool, or None
     p_a,  # [N, X] logits
     p_out,  # [N] out, log-likelihoods
     p_normaliser,  # [N] out
+    p_total,  # [B] out, numbers of counts
     B,
     N,
     X,
@@ -48,6 +48,7 @@ def multinomial_kernel(
     b_top = tl.full([BLOCK_N, BLOCK_X], -3.0e38, dtype=DTYPE)
     b_sum = tl.zeros([BLOCK_N, BLOCK_X], dtype=DTYPE)
     b_product = tl.zeros([BLOCK_N, BLOCK_X], dtype=DTYPE)
+    b_count = tl.zeros([BLOCK_N, BLOCK_X], dtype=DTYPE)
     # Products are relative to a number close to the logits, lest they cancel.
     b_near = tl.zeros([BLOCK_N, 1], dtype=DTYPE)
     for start in range(0, X, BLOCK_X):
@@ -63,15 +64,17 @@ def multinomial_kernel(
             b_most = tl.max(b_top, axis=1, keep_dims=True)
             b_near = tl.where((b_most > -1.0e38) & (b_most < 1.0e38), b_most, 0.0)
         b_product += tl.where(b_x == 0, 0.0, b_x * (b_a - b_near))
+        b_count += b_x
     b_most, b_all = combined(b_top, b_sum)
     b_log = log_positive(b_all)
-    b_total = load(p_total, b, m_n, DTYPE)
+    b_total = tl.sum(b_count, axis=1, keep_dims=True)
     b_value = tl.sum(b_product, axis=1, keep_dims=True) + b_total * (b_near - b_most) - b_total * b_log
     if p_coefficient is not None:
         b_value += load(p_coefficient, b, m_n, DTYPE)
     # Without counts nothing depends on the logits.
     tl.store(p_out + row, tl.where(b_total == 0, 0.0, b_value), mask=m_n)
     tl.store(p_normaliser + row, tl.where(b_total == 0, 0.0, b_most + b_log), mask=m_n)
+    tl.store(p_total + row, b_total, mask=row < B)
 
 
 @triton.jit(do_not_specialize=["B", "N"])
@@ -127,14 +130,14 @@ def _numbers(x: torch.Tensor, mask: torch.Tensor | None, logits: torch.Tensor) -
 
 
 @planned
-def _forward(x, total, coefficient, mask, logits) -> Call:
+def _forward(x, coefficient, mask, logits) -> Call:
     dtype, launching = accumulator(x, logits), LAUNCH["multinomial"]
     blocks = _blocks(logits, launching.tile)
     rows, size = logits.shape
     return Call(
         multinomial_kernel,
         (cdiv(rows, blocks["BLOCK_N"]),),
-        (Result((rows,), dtype), Result((rows,), dtype)),
+        (Result((rows,), dtype), Result((rows,), dtype), Result((x.shape[0],), dtype)),
         (x.shape[0], rows, fixed(size), *_numbers(x, mask, logits)),
         {"DTYPE": triton_dtype(dtype), **blocks},
         launching.warps(logits.dtype),
@@ -170,11 +173,12 @@ def multinomial_log_prob(
     if not logits.numel():
         empty = logits.new_zeros(logits.shape[0], dtype=dtype)
         return empty, empty.clone(), logits.new_zeros(x.shape[0], dtype=dtype)
-    # Depends on x alone.
-    counts = x.to(dtype) if mask is None else torch.where(mask, x.to(dtype), 0.0)
-    own = log_coefficient(counts).to(dtype) if coefficient else None
-    total = counts.sum(1)
-    return *_forward((x, total, own, mask, logits)), total
+    own = None
+    if coefficient:
+        # Depends on x alone.
+        counts = x.to(dtype) if mask is None else torch.where(mask, x.to(dtype), 0.0)
+        own = log_coefficient(counts).to(dtype)
+    return tuple(_forward((x, own, mask, logits)))
 
 
 def multinomial_log_prob_backward(

@@ -30,6 +30,7 @@ from fastvae.distributions import DiagonalNormal, Distribution, Mixture, Standar
 from fastvae.estimation import stream as _stream
 from fastvae.estimation.evaluation import checkpoint as checkpoint_module
 from fastvae.estimation.evaluation.checkpoint import Store, write_arrays
+from fastvae.estimation.evaluation.model import Model
 from fastvae.estimation.weights import ESTIMATES
 from fastvae.inputs.batch import Inputs
 from fastvae.inputs.last_layer import run_to_last_layer
@@ -1000,6 +1001,47 @@ def test_chunks_fit_the_caches(event, draws):
     assert _stream.Chunks(None).draws(inputs("meta"), 100, 1000) >= draws
     assert _stream.Chunks(None).draws(inputs("cpu"), 100, 1000) == draws
     assert _stream.Chunks(7).draws(inputs("cpu"), 100, 1000) == 7
+
+
+def test_the_curve_is_that_of_fewer_draws(monkeypatch):
+    """Each look is the estimate by the first draws, whether they were folded at once or in parts."""
+    model, x, q = _model_and_data()
+    expected = [-float(_evaluate(model, q, x, k=k).log_px.mean()) for k in (1, 10, 100, 250)]
+    for folded in (_stream._FOLDED, 30 * len(x)):
+        monkeypatch.setattr(_stream, "_FOLDED", folded)
+        found = _evaluate(model, q, x, k=250).curve
+        assert [n for n, _, _ in found] == [1, 10, 100, 250]
+        assert [v for _, v, _ in found] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("device", "draws"), [("cpu", 53), ("meta", 2621)])
+def test_chunks_count_what_is_stored(device, draws):
+    """On a GPU a fused decoder stores z alone; a CPU's chunks stay in its caches."""
+    zeros = torch.zeros(100, D, device=device)
+    x = torch.empty(100, 784, device=device)
+    inputs = Inputs(x, DiagonalNormal(zeros, zeros), nn.Identity(), Bernoulli(), StandardNormal())
+    chunks = _stream.Chunks(None)
+    before = chunks.draws(inputs, 100, 10_000)
+    for width, expected in ((2 * 784, before), (50, draws)):
+        chunks.see(torch.empty(6, D), [torch.empty(6, width)])
+        assert chunks.draws(inputs, 100, 10_000) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (torch.empty(9, 784, device="meta"), 2000),
+        (torch.empty(9, 3, 32, 32, device="meta"), 682),
+        (torch.empty(9, 3, 64, 64, device="meta"), 500),
+        ([torch.empty(9, 784, device="meta")], 500),
+        (torch.empty(9, 784), 100),
+    ],
+)
+def test_batches_of_a_gpu_are_large(data, size):
+    """They hold at most 2000 examples, of 2 million numbers, but 500 examples of any size."""
+    place = torch.device("meta") if isinstance(data, list) else None
+    model = types.SimpleNamespace(place=(place,))
+    assert Model.batch_size(model, data) == size
 
 
 # Checkpoints
