@@ -85,7 +85,7 @@ def head(k: int, b: int, inner: int, size: int, target: dict[str, float], place:
     run = {name: lambda f=f: torch.autograd.grad(f(*given), given[1:]) for name, f in functions.items()}
 
     def check(name: str) -> None:
-        # In half precision eager PyTorch's output has eight bits, and is no reference.
+        # In half precision eager PyTorch's output has eight bits, too few for a reference.
         wide = [t.detach().float().requires_grad_(t.requires_grad) for t in given]
         for got, want in zip(run[name](), torch.autograd.grad(eager(*wide), wide[1:]), strict=True):
             assert_near(got, want, tolerance)

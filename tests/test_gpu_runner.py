@@ -83,7 +83,7 @@ def test_dry_run_of_the_first_minutes(tmp_path):
 
 @pytest.mark.slow
 def test_dry_run_of_all_first_minutes(tmp_path):
-    only = "parameters", "front end", "graphed", "last layer"
+    only = "parameters", "front end", "graphed", "last layer", "features, MSE", "decoder 5000", "code"
     parts = [a for part in only for a in ("--only", part)]
     done = _run(*HOURS, "--first", "--dry-run", "--out", tmp_path, *parts)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -173,8 +173,7 @@ def test_the_first_minutes_come_before_the_tests(stopped, tmp_path, monkeypatch,
 
 
 def test_the_first_minutes_ask_in_order():
-    kinds = list(dict.fromkeys(i.what.split(" ")[0] for i in gpu.FIRST))
-    assert kinds == ["parameters", "front", "graphed", "last"]
+    assert list(dict.fromkeys(gpu_first.GROUP_OF[i.what] for i in gpu.FIRST)) == list(gpu_first.TABLES)
     layers = [i for i in gpu.FIRST if i.what.startswith("last layer")]
     precisions = dict.fromkeys((i.what, i.precision) for i in layers)
     assert len(precisions) == 3 and {i.size[0] * i.size[1] for i in layers} == {3200, 6400}
@@ -277,17 +276,23 @@ def test_tables_of_the_first_minutes():
 
 def test_the_first_tables_fit_into_the_visible_output():
     names = {
-        "parameters": (gpu_first.PARAMETERS, ("samples 1", "samples 4")),
-        "front": (gpu_first.FRONT_END, (f"{OURS}, compiled", "eager", COMPILE, EMPTY)),
-        "graphed": (gpu_first.GRAPHED, (gpu_first.BY_HAND, gpu_first.WITHOUT)),
-        "last": (gpu_first.LAST_LAYER, (f"{OURS}, output stored", "eager")),
+        gpu_first.PARAMETERS: ("samples 1", "samples 4"),
+        gpu_first.FRONT_END: (f"{OURS}, compiled", "eager", COMPILE, EMPTY),
+        gpu_first.GRAPHED: (gpu_first.BY_HAND, gpu_first.WITHOUT),
+        gpu_first.LAST_LAYER: (f"{OURS}, output stored", "eager"),
+        gpu_first.USERS: ("eager", f"{OURS}, graphed", "eager, graphed"),
+        gpu_first.DECODERS: ("layer by layer",),
+        gpu_first.MORE: ("eager",),
     }
     rows = []
     for item in gpu.FIRST:
-        group, others = names[item.what.split(" ")[0]]
+        group = gpu_first.GROUP_OF[item.what]
+        others = names[group]
         # Two works each, but for steps and layers.
-        for part in ("processor", "tile 2048")[: 2 if group in list(gpu_first.TABLES)[:2] else 1]:
-            case = f"{item.name.replace('parameters of ', '')}, {part}"
+        twice = group in (gpu_first.PARAMETERS, gpu_first.FRONT_END, gpu_first.MORE)
+        for part in ("processor", "tile 2048")[: 2 if twice else 1]:
+            name = item.what if group == gpu_first.USERS else item.name.replace("parameters of ", "")
+            case = f"{name}, {part}"
             rows += _rows(group, case, dict.fromkeys((OURS, *others), 1234e-6))
     text = gpu_tables.text(rows, False)
     assert len(text) < MOST_CHARACTERS - 1000 and max(map(len, text.splitlines())) < 180

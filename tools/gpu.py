@@ -300,7 +300,6 @@ class State:
         stop: deadline of the last work, in seconds since the epoch.
         only: parts of names; items without any of them are not measured. All if empty.
         first: the items of ``--first`` are measured now, those before the tests.
-        budget: seconds of rounds per work.
         csv: path of the rows.
         machines: precision → the GPU's best speed.
         began: the item being measured.
@@ -308,13 +307,13 @@ class State:
         left_out: the items for which there was no time.
         lost: item that ended in an error → the error.
         failed: work that could not be captured in a CUDA graph → reason.
+        budget: seconds of rounds per work.
     """
 
     path: str
     stop: float
     out: str
     dry_run: bool
-    budget: float = BUDGET
     only: list[str] = field(default_factory=list)
     first: bool = False
     csv: str = ""
@@ -324,6 +323,7 @@ class State:
     left_out: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    budget: float = BUDGET
 
     def save(self, **changes: object) -> None:
         """Change fields and write the file."""

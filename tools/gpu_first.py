@@ -243,26 +243,39 @@ def _with_target(works: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *size, place: works(*size, {}, place)
 
 
-WORKS = {
-    **{case.name: functools.partial(user, case.name) for case in users.CASES},
-    "whole decoder": functools.partial(whole_decoder, (200,)),
-    "whole decoder of two hidden layers": functools.partial(whole_decoder, (200, 200)),
-    "classes": functools.partial(more, lambda *s, place: categorical.classes(*s, -1, place)),
-    "clicks": functools.partial(more, multinomial.clicks),
-    **{
-        name: functools.partial(more, lambda *s, place, name=name: components.counts(name, *s, place))
-        for name in ("negative_binomial", "zero_inflated_negative_binomial")
+# By the group of their rows.
+_GROUPS: dict[str, dict[str, Callable[..., Iterator[Work]]]] = {
+    PARAMETERS: {
+        "parameters of gaussian_log_prob": functools.partial(parameters, "gaussian"),
+        "parameters of bernoulli_log_prob": functools.partial(parameters, "bernoulli"),
     },
-    "discretized logistic mixture": functools.partial(more, components.mixture),
-    "mixture": functools.partial(more, _with_target(mixture.mixture)),
-    "aggregate": functools.partial(more, _with_target(aggregate.aggregate)),
-    "nearest code": functools.partial(more, codebook.nearest),
-    "full covariance": functools.partial(more, _with_target(normal_full.rsample_tril)),
-    "parameters of gaussian_log_prob": functools.partial(parameters, "gaussian"),
-    "parameters of bernoulli_log_prob": functools.partial(parameters, "bernoulli"),
-    "front end": front_end,
-    "graphed ELBO step": functools.partial(graphed_step, "ELBO step"),
-    "graphed IWAE step": functools.partial(graphed_step, "IWAE step"),
-    "last layer": functools.partial(last_layer, "highest"),
-    "last layer, TF32": functools.partial(last_layer, "high"),
+    FRONT_END: {"front end": front_end},
+    GRAPHED: {
+        "graphed ELBO step": functools.partial(graphed_step, "ELBO step"),
+        "graphed IWAE step": functools.partial(graphed_step, "IWAE step"),
+    },
+    LAST_LAYER: {
+        "last layer": functools.partial(last_layer, "highest"),
+        "last layer, TF32": functools.partial(last_layer, "high"),
+    },
+    USERS: {case.name: functools.partial(user, case.name) for case in users.CASES},
+    DECODERS: {
+        "whole decoder": functools.partial(whole_decoder, (200,)),
+        "whole decoder of two hidden layers": functools.partial(whole_decoder, (200, 200)),
+    },
+    MORE: {
+        "classes": functools.partial(more, lambda *s, place: categorical.classes(*s, -1, place)),
+        "clicks": functools.partial(more, multinomial.clicks),
+        **{
+            name: functools.partial(more, lambda *s, place, name=name: components.counts(name, *s, place))
+            for name in ("negative_binomial", "zero_inflated_negative_binomial")
+        },
+        "discretized logistic mixture": functools.partial(more, components.mixture),
+        "mixture": functools.partial(more, _with_target(mixture.mixture)),
+        "aggregate": functools.partial(more, _with_target(aggregate.aggregate)),
+        "nearest code": functools.partial(more, codebook.nearest),
+        "full covariance": functools.partial(more, _with_target(normal_full.rsample_tril)),
+    },
 }
+WORKS = {name: works for group in _GROUPS.values() for name, works in group.items()}
+GROUP_OF = {name: group for group, works in _GROUPS.items() for name in works}

@@ -76,7 +76,7 @@ def _first_table(rows: list[Row], group: str) -> str:
     best = {case: min(map(_against, part)) for case, part in cases.items()}
     lines = []
     for case in sorted(cases, key=best.__getitem__):
-        cells = [_first_cell(r, cases[case]) for r in cases[case]]
+        cells = [_first_cell(r, cases[case]) for r in cases[case] if r["implementation"] != COPY]
         name = case.replace(", float32", " f32").replace(", bfloat16", " bf16")
         lines.append(f"{'◄' if best[case] < 1 else ' '} {name}: {' | '.join(cells)}")
     return "\n".join([f"{gpu_first.TABLES[group]}:", *lines]) if lines else ""
