@@ -19,7 +19,6 @@ are those of c w, and the moments are sums of :math:`c^a y^b`.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, fields, replace
 
@@ -143,7 +142,6 @@ class WeightSums:
         """All fields, in the order of the constructor."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
-    @functools.cached_property
     def _relative(self) -> tuple[Tensor, Tensor]:
         """Return the tail's weights [T, B] and the power sums of the rest [6, B], relative to the maximum."""
         shift = finite_shift(self.maximum).double()
@@ -153,7 +151,7 @@ class WeightSums:
 
     def _sums(self, powers: int) -> Tensor:
         """Sum the first powers of all weights [powers, B], relative to the maximum."""
-        tail, rest = self._relative
+        tail, rest = self._relative()
         return _power_sums(tail, powers) + rest[:powers]
 
     @property

@@ -146,7 +146,7 @@ ESTIMATES = estimates_of(LogMarginal)
 class Weights(WeightSums):
     """Estimates of log p(x), their errors and diagnostics, from the statistics of the weights."""
 
-    @functools.cached_property
+    @property
     def log_px(self) -> Tensor:
         """Estimate of log p(x) [B], the log of the mean weight."""
         return self._log_mean(self._sums(1)[0])
@@ -220,7 +220,7 @@ class Weights(WeightSums):
             value = torch.where(nothing, -math.inf, self.log_px + found.correction)
             return value, found.jackknife_stderr
         k = self.count.double()
-        tail, rest = self._relative
+        tail, rest = self._relative()
         total = tail.sum(0) + rest[0]
         share = tail / total
         # The sum without the largest weight, which may dominate, is computed relative to the second largest.
@@ -249,7 +249,7 @@ class Weights(WeightSums):
     def psis(self) -> Tensor:
         """Pareto-smoothed estimate of log p(x) [B]; log_px where no tail can be fitted."""
         fit = self._pareto
-        tail, rest = self._relative
+        tail, rest = self._relative()
         rank = torch.arange(self.tail.shape[0], dtype=torch.float64, device=tail.device)[:, None]
         # Standard exponential quantiles; those of the Pareto distribution are σ (e^{k x} - 1) / k.
         x = -torch.log1p(-((rank + 0.5) / fit.n).clamp(max=1 - 1e-16))
@@ -347,7 +347,7 @@ class Weights(WeightSums):
         It is -inf without a fit, and +inf where the posterior does not bound it.
         """
         k, n = self.count.double(), fit.n.double()
-        tail, rest = self._relative
+        tail, rest = self._relative()
         share = n / k
         mean = (torch.where(fit.inside, 0.0, tail).sum(0) + rest[0]) / (k - n)
         found_above = torch.where(fit.inside, tail, 0.0).sum(0) / n
