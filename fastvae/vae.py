@@ -82,8 +82,8 @@ class VAE(nn.Module):
             stored, where this is unobservable and not slower: the decoder is an ``nn.Linear`` or an
             ``nn.Sequential`` that ends in one, without hooks, on a CPU, for outputs of some hundred thousand
             numbers or more. On a GPU, without gradients, the whole decoder is one kernel in half precision.
-            Values and gradients agree to rounding. For other decoders use
-            :class:`fastvae.FusedHead`. Default True.
+            Values and gradients agree to rounding. For other decoders use :class:`fastvae.FusedHead`. Default
+            True.
         modules: all modules that encoder, decoder and prior reach where these are functions, lambdas or other
             callables, in any order, such as ``fastvae.VAE(lambda x: net(x)[0], decoder, modules=[net])``; an
             empty list if there are none. Parameters outside of modules are not trained by

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -988,6 +990,15 @@ def test_all_pairs(backend, name):
     assert bool(((got - expected).abs() <= 1e-5 * (1 + expected.abs())).all())
     for g, e in zip(found, grads, strict=True):
         assert bool(((g - e).abs() <= 1e-4 * (1 + e.abs()) + 1e-5 * e.abs().max()).all())
+
+
+@pytest.mark.parametrize("constant", [[-1.5, -1.5, -1.5], np.full(3, -1.5, np.float32), np.float32(-1.5)])
+def test_constants_are_whatever_torch_takes(constant, backend):
+    x, h, weight = (randn(n, 3, seed=n, dtype=torch.float32) for n in (5, 4, 3))
+    expected = ops.all_pairs_log_prob(x, (h, -1.5), likelihood="gaussian")
+    assert torch.equal(ops.all_pairs_log_prob(x, (h, constant), likelihood="gaussian"), expected)
+    rows = functools.partial(ops.linear_log_prob, x, x, weight, None, likelihood="gaussian")
+    torch.testing.assert_close(rows(constant), rows(-1.5))
 
 
 def test_all_pairs_in_tiles(monkeypatch):

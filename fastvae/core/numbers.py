@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def as_tensor(value: float | Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """Return a tensor, or a number as one of shape [], in this dtype on this device.
-
-    Args:
-        value: number or tensor.
-        dtype: dtype of the result. Default: a tensor's own; None requires a tensor.
-        device: device of the result.
-    """
-    if isinstance(value, Tensor):
-        return value.to(device, dtype)
-    return torch.full((), value, dtype=dtype, device=device)
+def as_tensor(value: Any, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """Return ``torch.as_tensor(value, dtype=dtype, device=device)``, for a number without the copy."""
+    if isinstance(value, (int, float)):
+        return torch.full((), value, dtype=dtype, device=device)
+    return torch.as_tensor(value, dtype=dtype, device=device)
