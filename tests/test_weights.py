@@ -390,11 +390,14 @@ def test_no_examples():
 # Pareto k̂
 
 
-def test_khat_may_be_fitted_in_pieces(monkeypatch):
+def test_khat_and_interval_may_be_computed_in_pieces(monkeypatch):
     log_w = torch.randn(500, B, dtype=torch.float64, device=DEVICE)
-    whole = pareto_khat(log_w)
-    monkeypatch.setattr(pareto, "_FIT_SIZE", 2000)
-    torch.testing.assert_close(pareto_khat(log_w), whole, rtol=1e-12, atol=1e-12)
+    whole = _folded(log_w).summary()
+    for name in ("_FIT_SIZE", "_FIT_SIZE_ON_GPU"):
+        monkeypatch.setattr(pareto, name, 2000)
+    pieces = _folded(log_w).summary()
+    for name in ("khat", "low", "high"):
+        torch.testing.assert_close(getattr(pieces, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -59,7 +59,7 @@ def pareto_khat(log_w: Tensor) -> Tensor:
 _FLAT = 1e-3
 
 
-# Largest intermediate of the fit, in numbers: candidates × tail × examples. On a GPU launches count.
+# Largest intermediate of the fit, in numbers, such as candidates × tail × examples. On a GPU launches count.
 _FIT_SIZE, _FIT_SIZE_ON_GPU = 2**21, 2**24
 
 
@@ -95,11 +95,8 @@ def fit_tail(tail: Tensor, count: Tensor) -> TailFit:
     theta = 1 / excess[0] + (1 - (m / (j - 0.5)).sqrt()) / (3 * excess.gather(0, quartile[None])[0])  # [J, B]
 
     def shape(theta: Tensor) -> Tensor:
-        # An exported program, whose batch may vary, cannot split by size.
-        exporting = torch.compiler.is_exporting()
-        most = _FIT_SIZE_ON_GPU if excess.is_cuda else _FIT_SIZE
-        size = theta.shape[0] if exporting else max(1, most // max(1, excess.numel()))
-        return torch.cat([torch.log1p(-t[:, None] * excess).sum(1) for t in theta.split(size)]) / n
+        parts = theta.split(rows_at_once(theta, excess))
+        return torch.cat([torch.log1p(-t[:, None] * excess).sum(1) for t in parts]) / n
 
     xi = shape(theta)
     profile = n * (torch.log(-theta / xi) - xi - 1)
@@ -115,6 +112,15 @@ def fit_tail(tail: Tensor, count: Tensor) -> TailFit:
     unknown = (length <= 4) | tail[0].isnan() | (tail[0] == -math.inf)
     khat = torch.where(unknown, math.nan, khat)
     return TailFit(khat, -found / best, cutoff, inside, n, theta, xi, weight)
+
+
+def rows_at_once(rows: Tensor, each: Tensor) -> int:
+    """Return the number of rows to compute at a time, where each has an intermediate as large as ``each``."""
+    if torch.compiler.is_exporting():
+        # The batch of the program may vary, so that its size does not tell.
+        return rows.shape[0]
+    most = _FIT_SIZE_ON_GPU if each.is_cuda else _FIT_SIZE
+    return max(1, most // max(1, each.numel()))
 
 
 def finite_shift(maximum: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ from torch import Tensor
 
 from ..core.records import registered
 from .estimates import estimate, estimates_of, in_quadrature, median, nll, nll_where_trusted
-from .pareto import TailFit, finite_shift, fit_tail
+from .pareto import TailFit, finite_shift, fit_tail, rows_at_once
 from .sums import POWERS, WeightSums, moved, rescaled
 
 __all__ = ["LogMarginal", "Weights"]
@@ -376,8 +376,9 @@ class Weights(WeightSums):
         end = torch.where(used, at + 7 * spread, -math.inf).amax(0)
 
         def excess(value: Tensor) -> Tensor:
-            below: Tensor = (weight * torch.special.ndtr((value[:, None] - at) / spread)).sum(1)
-            return below - probability
+            parts = value.split(rows_at_once(value, at))
+            each = [(weight * torch.special.ndtr((v[:, None] - at) / spread)).sum(1) for v in parts]
+            return torch.cat(each) - probability
 
         found: Tensor = finite_shift(self.maximum).double() + _root(excess, begin, end)
         found = torch.where(open_share < _OPEN, found, math.inf)
