@@ -302,32 +302,6 @@ inline double digamma_excess(double x, double log_x) {
   return z == x ? z * rest : x * (log_x - (__builtin_log(z) - 0.5 / z - rest)) + shifted - 0.5;
 }
 
-template <class C>
-FASTVAE_LOOP void log1p_all(int n, C* p) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) p[i] = log1p_(p[i]);
-}
-
-// 1 + e <- (1 + e)(1 + other).
-template <class C>
-FASTVAE_LOOP void multiply_pairs(int n, C* __restrict e, const C* __restrict other) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) e[i] += other[i] * (C(1) + e[i]);
-}
-
-// Sums log(1 + e[i]) for e in [0, 1] through products: with 1 + e = (1 + a)(1 + b), e = a + b (1 + a) keeps
-// the relative accuracy that 1 + e would lose, and one logarithm serves 16 elements. Overwrites e.
-template <class C>
-FASTVAE_LOOP double sum_log1p(C* e, int n) {
-  for (int halvings = 0; halvings < 4 && n > 1; ++halvings) {
-    const int kept = (n + 1) / 2;
-    multiply_pairs(n - kept, e, e + kept);
-    n = kept;
-  }
-  log1p_all(n, e);
-  return sum_over<C>(n, [=](int i) { return e[i]; });
-}
-
 FASTVAE_INLINE float smallest_normal(float) { return __FLT_MIN__; }
 FASTVAE_INLINE double smallest_normal(double) { return __DBL_MIN__; }
 FASTVAE_INLINE float infinity(float) { return __builtin_inff(); }

@@ -8,6 +8,9 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
+// A tile's rows, of two vectors each: as many as stay in the 32 or 16 registers.
+constexpr int kTallest = FASTVAE_VECTOR_BYTES == 64 ? 14 : 6;
+
 #if FASTVAE_VECTOR_BYTES >= 32
 
 // Vectors of floats, and which of a vector's elements are read and written.
@@ -42,8 +45,7 @@ FASTVAE_INLINE Floats add_floats(Floats a, Floats b) { return _mm256_add_ps(a, b
 FASTVAE_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 #endif
 
-// A tile's rows, of two vectors each: as many as stay in the 32 or 16 registers.
-constexpr int kTallest = FASTVAE_VECTOR_BYTES == 64 ? 14 : 6, kMiddle = FASTVAE_VECTOR_BYTES == 64 ? 8 : 3;
+constexpr int kMiddle = FASTVAE_VECTOR_BYTES == 64 ? 8 : 3;
 constexpr i64 kWidth = FASTVAE_VECTOR_BYTES / 4, kPanel = 2 * kWidth, kDepth = 512;
 
 // GCC's first scheduling pass would gather the loads of a step and have no registers left for the sums.
@@ -115,6 +117,8 @@ __attribute__((noinline)) void product_strip(i64 rows, i64 depth, const float* a
   tiles(std::integral_constant<int, kTallest>());
   tiles(std::integral_constant<int, kMiddle>());
   if (kMiddle > 4) tiles(std::integral_constant<int, 4>());
+  if (kMiddle > 3) tiles(std::integral_constant<int, 3>());
+  tiles(std::integral_constant<int, 2>());
   tiles(std::integral_constant<int, 1>());
 }
 

@@ -101,6 +101,8 @@ struct Blocks {
   i64 all_samples, all_rows, samples, rows, across;
   Blocks(const Head& a, i64 most, bool whole) : all_samples(a.samples()), all_rows(a.rows()) {
     samples = whole ? all_samples : ceil_div(all_samples, ceil_div(all_samples, most));
+    // Whole tiles; the last block has what is left.
+    if (!whole && samples > kTallest) samples = ceil_div(samples, kTallest) * kTallest;
     rows = ceil_div(all_rows, ceil_div(all_rows, most < samples ? 1 : most / samples));
     across = ceil_div(all_samples, samples);
   }

@@ -70,7 +70,6 @@ bool reduce_rows(const Rows& a, C* out) {
     const Order order = order_of(a, f.data, true);
     parallel(a.threads, order.units(), size, [&](i64 begin, i64 end) {
       Reader<C> r(a, true);
-      C odds[kBuffer];
       bool o = false;
       for (i64 unit = begin; unit < end; ++unit) {
         const i64 first = order.begin(unit), last = order.end(unit);
@@ -82,7 +81,7 @@ bool reduce_rows(const Rows& a, C* out) {
           for (i64 i = first; i < last; ++i, at.next()) {
             r.read(at.k, at.b, column, n);
             if (f.checked && at.k == 0 && r.observes()) o |= is_outside(n, r.tile, r.is_masked(n), f);
-            sums[i - first] += r.sum(n, odds);
+            sums[i - first] += r.sum(n);
           }
         }
         Order::Place at = order[first];

@@ -258,11 +258,11 @@ struct Reader {
     }
     for (int j = 0; j < f.prepared && ready; ++j) pack(row->others, row->place, q[j], packed_q[j]);
   }
-  double elements(int n, C* odds) {
-    if (row->others < 0) return f.sum[ready][is_masked(n)](n, tile, odds);
+  double elements(int n) {
+    if (row->others < 0) return f.sum[ready][is_masked(n)](n, tile);
     pack_parameters();
     // The x of what was not observed is not 0.
-    return f.zeros[ready](n, tile) + f.sum[ready][0](row->others, packed, odds);
+    return f.zeros[ready](n, tile) + f.sum[ready][0](row->others, packed);
   }
   // The gradients of a row's share. Returns false if those of what was not observed are still to be cleared.
   bool gradients(int n, C g, bool with_x, C* out_x, C* const* out) {
@@ -284,11 +284,10 @@ struct Reader {
     }
     return !masked;
   }
-  double sum(int n, C* odds) {
+  double sum(int n) {
     if (!observes()) return 0;
-    double total = elements(n, odds) + f.constant * row->observed;
+    double total = elements(n) + f.constant * row->observed;
     if (ready) total += is_shared(a.kind[f.hooked]) ? row->own : own;
-    if (f.shared_log) total += sum_log1p(odds, n);
     return f.factor * total + row->own_data;
   }
 };

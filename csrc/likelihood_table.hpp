@@ -81,7 +81,7 @@ struct Loops {
   bool shared_log, checked, gradient_takes_data;
   double factor, constant;
   C low, high, inside;
-  double (*sum[2][2])(int n, const TileArrays<C>& a, C* odds);  // [ready][masked]
+  double (*sum[2][2])(int n, const TileArrays<C>& a);  // [ready][masked]
   void (*terms[2])(int n, const TileArrays<C>& a, C* out);
   using Gradients = void (*)(int n, const C* g, const TileArrays<C>& a, C* out_x, C* const* out);
   Gradients gradients[2][2][2];   // [ready][with out_x][many g]

@@ -34,8 +34,9 @@ class Chunks:
         name: name of the user's argument, for messages. Default ``"k_chunk"``.
     """
 
-    # Largest chunk of the decoder's output, in numbers and in rows; the CPU's are measured: docs/log.md.
-    _CPU, _GPU = (2**22, 2**13), (2**26, 2**18)
+    # Largest chunk of the decoder's output, in numbers and in rows; the CPU's are measured: docs/log.md. A
+    # fused last layer stores its input alone.
+    _CPU, _CPU_FUSED, _GPU = (2**22, 2**13), (2**20, 2**15), (2**26, 2**18)
 
     def __init__(self, k_chunk: int | None, name: str = "k_chunk"):
         if k_chunk is not None:
@@ -51,19 +52,24 @@ class Chunks:
         if torch.compiler.is_exporting():
             return most if size is None else min(size, most)
         if size is None:
-            numbers, rows = self._CPU if inputs.device.type == "cpu" else self._GPU
-            width = self._width
+            on_cpu, seen, event = inputs.device.type == "cpu", self._width, None
             if isinstance(inputs.likelihood, Declared):
-                seen, width = width, event_size(inputs.x)
-                # On a GPU a fused last layer stores its input alone.
-                if seen is not None and inputs.device.type != "cpu":
-                    width = min(seen, width)
+                event = event_size(inputs.x)
+            width = seen if event is None else event
             if width is None:
                 return 1  # measures the width
-            size = min(rows, numbers // max(1, width)) // max(1, batch)
+            rows = self._rows(self._CPU if on_cpu else self._GPU, width)
+            if event is not None and seen is not None and seen < event:
+                rows = max(rows, self._rows(self._CPU_FUSED if on_cpu else self._GPU, seen))
+            size = rows // max(1, batch)
         if self.most_rows is not None:
             size = min(size, self.most_rows // max(1, batch))
         return min(max(1, size), most)
+
+    @staticmethod
+    def _rows(limits: tuple[int, int], width: int) -> int:
+        numbers, rows = limits
+        return min(rows, numbers // max(1, width))
 
     def see(self, z: Tensor, outputs: list[Tensor]) -> None:
         """Record the number of decoder outputs per row of z."""
