@@ -134,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
       method<ReduceLinear>(),
       method<LogMeanExp>(),
       method<LogMeanExpBackward>(),
+      method<EstimatesOfWeights>(),
       fast_method("described", &described),
       {nullptr, nullptr, 0, nullptr},
   };

@@ -17,3 +17,4 @@
 #include "calls/mixture.hpp"
 #include "calls/random.hpp"
 #include "calls/reduce.hpp"
+#include "calls/weights.hpp"

@@ -1014,9 +1014,9 @@ def test_the_curve_is_that_of_fewer_draws(monkeypatch):
         assert [v for _, v, _ in found] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("device", "draws"), [("cpu", 53), ("meta", 2621)])
+@pytest.mark.parametrize(("device", "draws"), [("cpu", 209), ("meta", 2621)])
 def test_chunks_count_what_is_stored(device, draws):
-    """On a GPU a fused decoder stores z alone; a CPU's chunks stay in its caches."""
+    """A fused decoder stores z alone, so that its chunks have more draws."""
     zeros = torch.zeros(100, D, device=device)
     x = torch.empty(100, 784, device=device)
     inputs = Inputs(x, DiagonalNormal(zeros, zeros), nn.Identity(), Bernoulli(), StandardNormal())

@@ -83,6 +83,44 @@ def test_only_the_tail_of_the_state_grows_with_k():
     assert sizes[10_000] == B * (21 + 300 + 1)
 
 
+@given(
+    k=st.sampled_from([1, 2, 3, 5, 20, 21, 26, 64, 400, 3000]),
+    spread=st.sampled_from([0.0, 1e-8, 1e-3, 0.1, 1.0, 5.0, 300.0]),
+    coefficient=st.sampled_from([0, 1, 7]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_estimates_in_cpp_equal_the_formulas(k, spread, coefficient, dtype, seed):
+    """The summary's C++ computes what the properties do, also for equal, infinite and NaN weights."""
+    noise = torch.Generator().manual_seed(seed)
+    log_w = (spread * torch.randn(k, 8, generator=noise, dtype=dtype) - 90).to(DEVICE)
+    log_w[:, 1] = -math.inf
+    log_w[0, 2], log_w[0, 3], log_w[0, 4] = math.inf, math.nan, 1e4
+    log_w[1:, 5] = -math.inf
+    log_w[k // 2 :, 6] = -math.inf
+    total = Weights.of(log_w, kept_draws(2 * k))
+    if coefficient:
+        total = total.merge(Weights.of(log_w.flip(1), kept_draws(2 * k)).weighted(coefficient))
+    in_cpp = vars(total.summary())
+    for name, value in in_cpp.items():
+        # Differences of rounding in the standard error grow with k where the weights are nearly equal.
+        expected = getattr(total, name)
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
+
+
+def test_a_tail_too_short_for_its_draws_is_refused():
+    """Memory beyond the tail must not be read."""
+    extension = pytest.importorskip("fastvae._C")
+    weights = Weights.of(torch.randn(400, B, dtype=torch.float64), kept_draws(400))
+    tensors = weights.log_px, weights.tail, weights.powers, weights.moments
+    with pytest.raises(ValueError, match="the length of the tail is 64; expected at least"):
+        extension.weight_estimates(*tensors, weights.count * 10, 0.95, 1.96)
+    with pytest.raises(ValueError, match="powers"):
+        extension.weight_estimates(*tensors[:2], weights.powers[:2], tensors[3], weights.count, 0.95, 1.96)
+    with pytest.raises(ValueError, match="count is 0"):
+        extension.weight_estimates(*tensors, weights.count * 0, 0.95, 1.96)
+
+
 def test_infinite_and_nan_weights():
     column = torch.tensor([-1.0, math.inf, 2.0, -math.inf], dtype=torch.float64, device=DEVICE)
     log_w = torch.stack([column, torch.full_like(column, -math.inf), column.where(column < 9, 0.0)], 1)

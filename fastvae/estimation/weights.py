@@ -61,7 +61,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import NamedTuple
@@ -69,6 +69,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import backend as _backend
+from ..core.fast_path import ON_CPU, ON_GPU, plain
 from ..core.records import registered
 from .estimates import estimate, estimates_of, in_quadrature, median, nll, nll_where_trusted
 from .pareto import TailFit, finite_shift, fit_tail, rows_at_once
@@ -86,6 +88,11 @@ _NEARLY_EQUAL = 1e-8
 _OPEN = 0.25
 # Largest Pareto k̂ for which the spread of a few randomisations is trusted as the error of their mean.
 _LIGHT = 0.0
+# Probability of the intervals of a summary, and the normal quantile of their ends.
+_LEVEL = 0.95, NormalDist().inv_cdf(0.975)
+# Numbers of the tails of a batch on a GPU up to which copies to the CPU and back take less time than the
+# launches of the formulas.
+_MOST_ON_HOST = 2**16
 # Nodes and weights of Gauss-Hermite quadrature for N(0, 1).
 _NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))
 
@@ -140,6 +147,7 @@ class LogMarginal:
 
 
 ESTIMATES = estimates_of(LogMarginal)
+_other_estimates = _backend.native("weight_estimates")
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,8 +300,40 @@ class Weights(WeightSums):
         return finite_shift(self.maximum).double() + torch.log(before + after) - torch.log(others)
 
     def summary(self, dtype: torch.dtype = torch.float64) -> LogMarginal:
-        """Compute all estimates."""
-        return LogMarginal(**{name: getattr(self, name).to(dtype) for name in ESTIMATES})
+        """Compute all estimates.
+
+        On a CPU, and for a small batch on a GPU, they come from the C++: the formulas are hundreds of small
+        ops, which take longer than the draws of a small model.
+        """
+        found = self._estimates_in_cpp(dtype)
+        if found is None:
+            found = tuple(getattr(self, name).to(dtype) for name in ESTIMATES)
+        return LogMarginal(**dict(zip(ESTIMATES, found, strict=True)))
+
+    def _estimates_in_cpp(self, dtype: torch.dtype) -> Sequence[Tensor] | None:
+        """Return the fields of :class:`LogMarginal` from csrc/weights.hpp; None where it does not apply."""
+        tensors = self.tail, self.powers, self.moments, self.count
+        # The errors of quasi-Monte-Carlo draws are those of their randomisations.
+        if len(self.turns) or not self.count.numel() or torch.compiler.is_compiling():
+            return None
+        place, log_px = plain(tensors), self.log_px
+        if place == ON_CPU and _backend.on_cpu() == "native":
+            tail, powers, moments, count = (t.contiguous() for t in tensors)
+            others = _other_estimates(log_px, tail.double(), powers, moments, count, *_LEVEL)
+            return [t.to(dtype) for t in (log_px, *others)]
+        if (
+            place != ON_GPU
+            or self.tail.numel() > _MOST_ON_HOST
+            or not _backend.is_native_on_gpu(log_px.device)
+            or torch.cuda.is_current_stream_capturing()
+        ):
+            return None
+        wide = self.tail.double(), self.powers, self.moments.flatten(0, 1), self.count.double()[None]
+        packed = torch.cat([log_px[None], *wide]).cpu()
+        (log_px,), tail, powers, moments, (count,) = packed.split([1, *map(len, wide)])
+        moments, count = moments.view_as(self.moments), count.long()
+        others = _other_estimates(log_px, tail, powers, moments, count, *_LEVEL)
+        return torch.stack((log_px, *others)).to(self.tail.device, dtype).unbind()
 
     @functools.cached_property
     def _pareto(self) -> TailFit:
@@ -302,7 +342,7 @@ class Weights(WeightSums):
 
     @functools.cached_property
     def _interval_of_summary(self) -> tuple[Tensor, Tensor]:
-        return self.interval(0.95)
+        return self.interval(_LEVEL[0])
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the ends of an interval for log p(x), each [B], with coverage ``level`` over seeds."""
