@@ -92,6 +92,22 @@ def test_chunks_change_nothing_but_rounding():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("likelihood", "impossible"), [("bernoulli", -math.inf), ("poisson", 100.0)])
+@pytest.mark.parametrize("k_chunk", [1, 3, 300])
+def test_draws_of_weight_0_do_not_count(likelihood, impossible, k_chunk):
+    """They may be a whole chunk, and their means infinite."""
+
+    class Decoder(nn.Module):
+        def forward(self, z):
+            return torch.where(z[:, :1] > 0, impossible, torch.zeros(len(z), X, device=z.device))
+
+    x, mask = torch.ones(B, X, device=DEVICE), torch.arange(X, device=DEVICE).expand(B, X) < X - 2
+    model = fastvae.VAE(nn.Linear(X, 2 * D).to(DEVICE), Decoder(), likelihood=likelihood)
+    found = model.impute(x, mask, k=300, k_chunk=k_chunk, generator=_generator())
+    expected = 0.5 if likelihood == "bernoulli" else 1.0
+    torch.testing.assert_close(found.mean[:, -2:], torch.full((B, 2), expected, device=DEVICE))
+
+
 def test_imputation_by_the_formula(backend):
     """The mean is the softmax of the log weights, times the decoder's means."""
     encoder, decoder = nn.Linear(X, 2 * D, device=DEVICE), nn.Linear(D, X, device=DEVICE)

@@ -95,6 +95,21 @@ def test_without_overdispersion_it_is_poisson(backend, t):
     torch.testing.assert_close(by_dispersion, torch.zeros_like(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("t", [70.0, 80.0, 85.0, 100.0])
+@pytest.mark.parametrize("inflated", [False, True])
+def test_rare_counts_without_overdispersion(backend, t, inflated):
+    """The slope by log mean is a Poisson's, x - μ, where μ/θ is too small for a number."""
+    x = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0, 2.0]], device=DEVICE)
+    mean = torch.tensor([[-3.0, -10.0, -20.0, -40.0, -20.0, -9.0]], device=DEVICE).requires_grad_()
+    dispersion = torch.full_like(x, t)
+    if inflated:
+        out = ops.zero_inflated_negative_binomial_log_prob(x, mean, dispersion, torch.full_like(x, -80.0))
+    else:
+        out = ops.negative_binomial_log_prob(x, mean, dispersion)
+    (found,) = torch.autograd.grad(out.sum(), mean)
+    torch.testing.assert_close(found, x - mean.exp(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("x, t", [(1e6, -76.0), (100.0, -85.0), (3.0, -87.3), (1.0, -88.5), (2.0, -100.0)])
 def test_counts_of_a_vanishing_dispersion(backend, x, t):
     """Log p is about t - log x, however small θ is, and its slope by t is 1."""

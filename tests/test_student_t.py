@@ -90,6 +90,16 @@ def test_squares_that_overflow(backend, columns, x, white):
     assert df == pytest.approx(slope + 1 + log_df, rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [-30.0, -44.0, -60.0])
+def test_the_location_of_a_far_value_has_a_gradient(backend, scale):
+    """Far out it is (df + 1) / (x - location), whatever the scale, also where squares overflow."""
+    data = torch.tensor([[1.0, -3.0, 2e9]], device=DEVICE)
+    location = torch.zeros(1, 3, device=DEVICE, requires_grad=True)
+    out = ops.student_t_log_prob(data, location, scale, math.log(2.0))
+    (found,) = torch.autograd.grad(out.sum(), location)
+    torch.testing.assert_close(found, 3 / data, rtol=1e-5, atol=0)
+
+
 def test_nan_reaches_values_and_gradients(backend):
     for at in range(4):
         values = [torch.full((1, 1), 0.5, device=DEVICE) for _ in range(4)]

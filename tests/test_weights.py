@@ -108,6 +108,22 @@ def test_estimates_in_cpp_equal_the_formulas(k, spread, coefficient, dtype, seed
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9, equal_nan=True, msg=name)
 
 
+@pytest.mark.parametrize("gap", [0.0, 30.0, 60.0, 300.0])
+def test_the_jackknife_of_randomisations_of_which_one_dominates(gap):
+    """Leaving it out leaves the others' sum, not a difference of nearly equal numbers."""
+    k, number = 512, 8
+    log_w = torch.randn(k, B, dtype=torch.float64, device=DEVICE)
+    log_w[17] += gap
+    found = Weights.of(log_w, kept_draws(k), 0, number).summary()
+    sums = torch.stack([log_w[r::number].logsumexp(0) for r in range(number)])
+    others = torch.stack([torch.cat([sums[:r], sums[r + 1 :]]).logsumexp(0) for r in range(number)])
+    others = others - math.log(k - k // number)
+    expected = number * (sums.logsumexp(0) - math.log(k)) - (number - 1) * others.mean(0)
+    error = ((others - others.mean(0)).square().sum(0) * (number - 1) / number).sqrt()
+    torch.testing.assert_close(found.jackknife, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.jackknife_stderr, error, rtol=1e-10, atol=0)
+
+
 def test_a_tail_too_short_for_its_draws_is_refused():
     """Memory beyond the tail must not be read."""
     extension = pytest.importorskip("fastvae._C")

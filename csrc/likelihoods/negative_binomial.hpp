@@ -90,6 +90,12 @@ struct NegativeBinomial : Declaration {
     return {log_prob(e)};
   }
 
+  // theta mean / (theta + mean); where the mean's share is too small for a number, the mean.
+  template <class C>
+  static FASTVAE_INLINE C pull_of_zero(Element<C> e, C ratio, C of_mean) {
+    const C mean = exp_(e.p0);
+    return ratio < C(-87) ? mean : e.q0 * of_mean;
+  }
   // Log p of a count of 0, and the slopes by log mean and by log inverse dispersion.
   template <class C>
   static FASTVAE_INLINE Slopes<C> slopes(Element<C> e) {
@@ -100,7 +106,7 @@ struct NegativeBinomial : Declaration {
     // The shares of theta and of the mean in their sum.
     const C k = exp_negative(-most), large = C(1) / (C(1) + k), small = k * large;
     const C of_theta = above ? small : large, of_mean = above ? large : small;
-    const C pull = near ? -e.x * expm1_(d) * of_theta : e.x * of_theta - theta * of_mean;
+    const C pull = near ? -e.x * expm1_(d) * of_theta : e.x * of_theta - pull_of_zero(e, ratio, of_mean);
     const C u = n * (of_theta / theta), beyond = above ? size - most : C(0);
     const C rest = rest_of_log(pull / theta, u) + beyond;
     const C gamma = C(0.5) * (e.x * inverse) + (e.q2 - theta * inverse * digamma_excess(n, log_(n)));
@@ -112,7 +118,8 @@ struct NegativeBinomial : Declaration {
     const bool above = ratio > C(0);
     const C k = exp_negative(-most), large = C(1) / (C(1) + k), small = k * large;
     const C of_theta = above ? small : large, of_mean = above ? large : small;
-    const C pull = -e.q0 * of_mean, rest = rest_of_log(-of_mean, of_theta) + (above ? size - most : C(0));
+    const C pull = -pull_of_zero(e, ratio, of_mean),
+            rest = rest_of_log(-of_mean, of_theta) + (above ? size - most : C(0));
     return {pull - e.q0 * rest, pull, -e.q0 * rest};
   }
   template <class C>

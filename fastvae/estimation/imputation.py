@@ -19,7 +19,7 @@ from ..likelihoods.joint import Joint
 from ..likelihoods.multinomial import Multinomial
 from ..ops.op import accumulator
 from . import stream as _stream
-from .pareto import pareto_khat
+from .pareto import finite_shift, pareto_khat
 from .stream import Chunks
 
 
@@ -67,13 +67,14 @@ def posterior_mean(inputs: Inputs, seed: Tensor, k: int, chunks: Chunks) -> tupl
     for log_w in _stream.stream(inputs._replace(decoder=decoder), seed, 0, k, chunks):
         mean = likelihood.mean(likelihood.read(decoder.output, inputs.x))
         peak = torch.maximum(top, log_w.amax(0))
-        weights, shrink = torch.exp(log_w - peak), torch.exp(top - peak)
+        shift = finite_shift(peak)
+        weights, shrink = torch.exp(log_w - shift), torch.exp(top - shift)
         part = each(functools.partial(_weighted_sum, weights), mean)
         total = part if total is None else _zipped(functools.partial(_added, shrink), total, part)
         top = peak
         kept.append(log_w)
     log_w = torch.cat(kept)
-    size = torch.exp(log_w - top).sum(0)
+    size = torch.exp(log_w - finite_shift(top)).sum(0)
     return each(lambda t: t / _per_row(size, t), total), log_w
 
 
@@ -191,4 +192,6 @@ def _added(shrink: Tensor, total: Tensor, part: Tensor) -> Tensor:
 def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """Sum rows [K·B, *event] by weights [K, B]: [B, *event]."""
     rows = rows.to(accumulator(rows.dtype)).unflatten(0, weights.shape)
+    # A row of weight 0 may be infinite.
+    rows = torch.where(_per_row(weights, rows) == 0, 0.0, rows)
     return torch.einsum("kb,kbx->bx", weights.to(rows.dtype), rows.flatten(2)).reshape(rows.shape[1:])

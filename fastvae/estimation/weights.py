@@ -293,11 +293,7 @@ class Weights(WeightSums):
         else:
             sums, every = self.groups, self.moments[0, 0]
             others = (every - self.shares) * (self.count / every)
-        # Adding the other groups' sums, not subtracting this one's: one draw may have nearly all the weight.
-        zero = sums.new_zeros(1, sums.shape[1])
-        before = torch.cat([zero, sums.cumsum(0)[:-1]])
-        after = torch.cat([sums.flip(0).cumsum(0).flip(0)[1:], zero])
-        return finite_shift(self.maximum).double() + torch.log(before + after) - torch.log(others)
+        return finite_shift(self.maximum).double() + torch.log(without_each(sums)) - torch.log(others)
 
     def summary(self, dtype: torch.dtype = torch.float64) -> LogMarginal:
         """Compute all estimates.
@@ -463,6 +459,17 @@ def _hall(z: float, skewness: Tensor) -> Tensor:
     return 3 * root / a
 
 
+def without_each(sums: Tensor) -> Tensor:
+    """Return the sum over the first axis without each of its elements.
+
+    Adds the others instead of subtracting one, which may be nearly the whole.
+    """
+    zero = sums.new_zeros(1, *sums.shape[1:])
+    before = torch.cat([zero, sums.cumsum(0)[:-1]])
+    after = torch.cat([sums.flip(0).cumsum(0).flip(0)[1:], zero])
+    return before + after
+
+
 class Between(NamedTuple):
     """Statistics of an estimate from the spread of its randomisations, each [B].
 
@@ -500,7 +507,7 @@ def between(turns: Tensor, count: Tensor) -> Between:
     square = torch.where(drawn, (means - mean).square(), 0.0).sum(0)
     stderr = (square / (number * (number - 1))).sqrt() / mean
     # Mean without one randomisation, relative to the mean of all; 1 for randomisations without draws.
-    others = torch.where(drawn, (number - means / mean) / (number - 1), 1.0).log()
+    others = torch.where(drawn, without_each(means) / (number - 1) / mean, 1.0).log()
     average = others.sum(0) / number
     square = torch.where(drawn, (others - average).square(), 0.0).sum(0)
     jackknife_stderr = (square * (number - 1) / number).sqrt()

@@ -152,9 +152,9 @@ def slopes(x: Tensor, log_mean: Tensor, log_inverse_dispersion: Tensor) -> tuple
     n, d = x + theta, log_mean - torch.log(x)
     ratio = (log_mean - t).clamp(-_MOST, _MOST)
     of_theta = torch.sigmoid(-ratio)
-    pull = torch.where(
-        d.abs() < 1, -x * torch.expm1(d) * of_theta, x * of_theta - theta * torch.sigmoid(ratio)
-    )
+    # Where the mean's share is too small for a number, the mean.
+    of_zero = torch.where(log_mean - t < -_MOST, torch.exp(log_mean), theta * torch.sigmoid(ratio))
+    pull = torch.where(d.abs() < 1, -x * torch.expm1(d) * of_theta, x * of_theta - of_zero)
     r, u = pull / theta, n * (of_theta / theta)
     rest = torch.where(r.abs() < 0.25, log1p_rest(r), r - torch.log(u)) + (log_mean - t - ratio).clamp(min=0)
     gamma = 0.5 * (x / n) + (digamma_excess(theta) - theta / n * digamma_excess(n))

@@ -87,10 +87,10 @@ class StudentT(Scaled):
         inverse_s = torch.exp(-log_scale)
         r = (x - location) * inverse_s * inverse_root
         t = r**2
-        # t / (1 + t), also for infinite t, and r / (1 + t).
+        # t / (1 + t), also for infinite t, and r / (1 + t), which is 1 / r for large r.
         rest = 1 / (1 + t)
         share = torch.where(t < 1, t * rest, 1 - rest)
-        pull = r.clamp(-1e36, 1e36) * rest
+        pull = torch.where(r.abs() < 1e18, r * rest, 1 / r)
         grad_location = g * ((df + 1) * inverse_root * pull) * inverse_s
         excess = log1p_excess(share, log1p_square(r))
         grad_df = half_step_slope(log_df - math.log(2)) + 0.5 * (share - df * excess)

@@ -90,7 +90,9 @@ def slopes(x, log_mean, log_inverse_dispersion):
     of_theta = tl.where(ratio > 0, k * large, large)
     of_mean = tl.where(ratio > 0, large, k * large)
     less_one, _ = expm1_parts(clamped(d))
-    pull = tl.where(tl.abs(d) < 1, -x * less_one * of_theta, x * of_theta - theta * of_mean)
+    # Where the mean's share is too small for a number, the mean.
+    of_zero = tl.where(ratio < top, exp(clamped(log_mean)), theta * of_mean)
+    pull = tl.where(tl.abs(d) < 1, -x * less_one * of_theta, x * of_theta - of_zero)
     rest = rest_of_log(pull / theta, n * (of_theta / theta)) + tl.maximum(ratio - top, 0.0)
     gamma = 0.5 * (x / n) + (digamma_excess(theta, t) - theta / n * digamma_excess(n, log(n)))
     return pull - theta * rest, pull, tl.where(zero, 0.0, gamma) - theta * rest
