@@ -98,9 +98,6 @@ FASTVAE_KERNEL(void, weight_estimates, const Tensor& log_px, const Tensor& tail,
                const Tensor& moments, const Tensor& count, double level, double normal_quantile,
                const Output* to, int threads);
 
-// The number of largest weights, of `count` draws, to which a Pareto distribution is fitted.
-FASTVAE_KERNEL(i64, tail_length, i64 count);
-
 // The number of a likelihood's parameters.
 FASTVAE_KERNEL(int, parameter_count, int likelihood);
 // The four random words of a counter of four, for the known-answer test.

@@ -77,8 +77,13 @@ class WeightEstimates {
 
   WeightStatistics statistics;  // to be filled, then compute()
 
+  // All are NaN where the tail is shorter than the fit to these draws needs.
   void compute(double level, double normal_quantile, double* to) {
     const double k = statistics.count, top = statistics.tail[0];
+    if (!(k >= 1) || pareto_tail_length(k) >= length()) {
+      for (int i = 0; i < kEstimates; ++i) to[i] = __builtin_nan("");
+      return;
+    }
     relate();
     centre();
     fit();

@@ -28,11 +28,6 @@ struct EstimatesOfWeights {
     contract.expect("moments", moments, kFloat64, {3, 4, tail.n1}, true);
     contract.expect("count", count, kInt64, {tail.n1}, true);
     contract.expect_count("the length of the tail", tail.n0, 2);
-    for (i64 b = 0; b < count.n0; ++b) {
-      const auto draws = reinterpret_cast<const i64*>(count.data)[b];
-      contract.expect_count("count", draws);
-      contract.expect_count("the length of the tail", tail.n0, base::tail_length(draws) + 1);
-    }
     MadeOf<Caller> made[kFields] = {};
     Output to[kFields];
     for (int i = 0; i < kFields; ++i) {

@@ -4,8 +4,6 @@
 namespace fastvae {
 namespace FASTVAE_ISA {
 
-i64 tail_length(i64 count) { return pareto_tail_length(static_cast<double>(count)); }
-
 // @param log_px (B), tail (T, B), powers (6, B), moments (3, 4, B) float64 and count (B) int64, all
 // contiguous
 // @param to the other fields of LogMarginal in their order, each (B): written

@@ -61,7 +61,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import NamedTuple
@@ -301,35 +301,41 @@ class Weights(WeightSums):
         On a CPU, and for a small batch on a GPU, they come from the C++: the formulas are hundreds of small
         ops, which take longer than the draws of a small model.
         """
-        found = self._estimates_in_cpp(dtype)
+        found = self._estimates_in_cpp()
         if found is None:
-            found = tuple(getattr(self, name).to(dtype) for name in ESTIMATES)
-        return LogMarginal(**dict(zip(ESTIMATES, found, strict=True)))
+            found = {name: getattr(self, name) for name in ESTIMATES}
+        elif len(self.turns):
+            # The errors of quasi-Monte-Carlo draws are those of their randomisations.
+            found["log_px_stderr"] = self.log_px_stderr
+            found["jackknife"], found["jackknife_stderr"] = self._jackknife
+            ends = found["low"], found["high"]
+            found["low"], found["high"] = self._of_randomisations(_LEVEL[0], *ends, found["khat"])
+        return LogMarginal(**{name: t.to(dtype) for name, t in found.items()})
 
-    def _estimates_in_cpp(self, dtype: torch.dtype) -> Sequence[Tensor] | None:
-        """Return the fields of :class:`LogMarginal` from csrc/weights.hpp; None where it does not apply."""
-        tensors = self.tail, self.powers, self.moments, self.count
-        # The errors of quasi-Monte-Carlo draws are those of their randomisations.
-        if len(self.turns) or not self.count.numel() or torch.compiler.is_compiling():
+    def _estimates_in_cpp(self) -> dict[str, Tensor] | None:
+        """Return the estimates for independent draws by csrc/weights.hpp; None where it does not apply."""
+        if torch.compiler.is_compiling() or not self.count.numel():
             return None
+        tensors = self.tail, self.powers, self.moments, self.count
         place, log_px = plain(tensors), self.log_px
         if place == ON_CPU and _backend.on_cpu() == "native":
             tail, powers, moments, count = (t.contiguous() for t in tensors)
             others = _other_estimates(log_px, tail.double(), powers, moments, count, *_LEVEL)
-            return [t.to(dtype) for t in (log_px, *others)]
-        if (
-            place != ON_GPU
-            or self.tail.numel() > _MOST_ON_HOST
-            or not _backend.is_native_on_gpu(log_px.device)
-            or torch.cuda.is_current_stream_capturing()
+        elif (
+            place == ON_GPU
+            and self.tail.numel() <= _MOST_ON_HOST
+            and _backend.is_native_on_gpu(log_px.device)
+            and not torch.cuda.is_current_stream_capturing()
         ):
+            wide = self.tail.double(), self.powers, self.moments.flatten(0, 1), self.count.double()[None]
+            (on_host,), *parts = torch.cat([log_px[None], *wide]).cpu().split([1, *map(len, wide)])
+            tail, powers, moments, (count,) = parts
+            moments, count = moments.view_as(self.moments), count.long()
+            others = _other_estimates(on_host, tail, powers, moments, count, *_LEVEL)
+            others = torch.stack(others).to(log_px.device).unbind()
+        else:
             return None
-        wide = self.tail.double(), self.powers, self.moments.flatten(0, 1), self.count.double()[None]
-        packed = torch.cat([log_px[None], *wide]).cpu()
-        (log_px,), tail, powers, moments, (count,) = packed.split([1, *map(len, wide)])
-        moments, count = moments.view_as(self.moments), count.long()
-        others = _other_estimates(log_px, tail, powers, moments, count, *_LEVEL)
-        return torch.stack((log_px, *others)).to(self.tail.device, dtype).unbind()
+        return dict(zip(ESTIMATES, (log_px, *others), strict=True))
 
     @functools.cached_property
     def _pareto(self) -> TailFit:
@@ -343,9 +349,13 @@ class Weights(WeightSums):
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the ends of an interval for log p(x), each [B], with coverage ``level`` over seeds."""
         fit = self._pareto
-        low, high = self._independent(level, fit)
-        if not len(self.turns):
-            return low, high
+        ends = self._independent(level, fit)
+        return self._of_randomisations(level, *ends, fit.khat) if len(self.turns) else ends
+
+    def _of_randomisations(
+        self, level: float, low: Tensor, high: Tensor, khat: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the interval from the spread of the randomisations, given that for independent draws."""
         found = between(self.turns, self.count)
         quantile = [_student(level, n - 1) for n in range(2, len(self.turns) + 1)]
         number = (found.number - 2).clamp(min=0).long()
@@ -355,7 +365,7 @@ class Weights(WeightSums):
             log_px + torch.log((1 - error).clamp(min=(1 - level) / 2)),
             log_px + torch.log1p(error),
         )
-        light = fit.khat <= _LIGHT
+        light = khat <= _LIGHT
         low = torch.where(light, ends[0], torch.fmin(low, ends[0]))
         return low, torch.where(light, ends[1], torch.fmax(high, ends[1]))
 
