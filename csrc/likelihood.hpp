@@ -37,8 +37,8 @@ bool is_outside(int n, const TileArrays<C>& a, bool masked, const Loops<C>& f) {
 }
 
 // Rows of up to this many columns are processed many at a time; longer ones gain more by sharing logarithms
-// (measured: equal near 200).
-constexpr i64 kShortRow = kTile / 2, kShortRowWithLog = 192;
+// (measured: equal near 100).
+constexpr i64 kShortRow = kTile / 2, kShortRowWithLog = 96;
 
 // out[k, b] = log p(x_b | parameters of (k, b)). Returns true if x lies in the support.
 template <class C>

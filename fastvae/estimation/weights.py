@@ -323,6 +323,7 @@ class Weights(WeightSums):
             others = _other_estimates(log_px, tail.double(), powers, moments, count, *_LEVEL)
         elif (
             place == ON_GPU
+            and not _backend.LEFT_OUT
             and self.tail.numel() <= _MOST_ON_HOST
             and _backend.is_native_on_gpu(log_px.device)
             and not torch.cuda.is_current_stream_capturing()

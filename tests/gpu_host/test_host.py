@@ -88,6 +88,20 @@ def test_a_step_of_the_benchmark(kernels):
     assert sum(launch.kind == "library" for launch in found) >= 8  # products
 
 
+def test_launches_of_estimates():
+    """A small batch's statistics go to the CPU in one copy; the formulas would be hundreds of launches."""
+    x, mu, logvar, weight = _inputs()
+
+    @torch.no_grad()
+    def run():
+        return fastvae.log_marginal(x, (mu, logvar), lambda z: z @ weight.T, k=200, likelihood="bernoulli")
+
+    run()
+    with control.launches() as found:
+        run()
+    assert len(found) <= 80, len(found)
+
+
 def test_a_repeated_call_allocates_no_memory_and_copies_nothing(kernels):
     inputs = _inputs()
     for _ in range(2):
