@@ -534,6 +534,126 @@ def test_low_rank_equals_torch():
     assert bool(((found - covariance).abs() < 6 * error).all())
 
 
+def _low_rank(logvar, d=20, r=3):
+    """Return float32 parameters of low-rank normals, with a diagonal part of about exp(logvar)."""
+    return randn(B, d, seed=1), logvar + 0.3 * randn(B, d, seed=2), randn(B, d, r, seed=3)
+
+
+class _Parts:
+    """Density of low-rank normals in float64, taken apart: w = own + W common = rest + W s."""
+
+    def __init__(self, parameters, z=None):
+        mu, self.logvar, factor = (t.double() for t in parameters)
+        d, r = factor.shape[1:]
+        inverse = torch.exp(-0.5 * self.logvar)
+        self.white = white = factor * inverse[..., None]
+        self.capacitance = torch.eye(r, dtype=torch.float64, device=DEVICE) + white.mT @ white
+        if z is None:
+            eps = random.normal(SEED, K, B, d + r, dtype=torch.float64)
+            self.own, self.common = eps.split([d, r], -1)
+        else:
+            self.own, self.common = (z.double() - mu) * inverse, z.new_zeros(K, B, r).double()
+        right = torch.einsum("bdr,kbd->kbr", white, self.own) - self.common
+        self.shift = torch.linalg.solve(self.capacitance, right.movedim(0, -1)).movedim(-1, 0)
+        self.moved = torch.einsum("bdr,kbr->kbd", white, self.shift)
+        self.rest, self.s = self.own - self.moved, self.common + self.shift
+        self.of_moved = torch.einsum("bdr,kbr->kbd", white.abs(), self.shift.abs())
+        self.solved = (white @ torch.linalg.inv(self.capacitance)).abs()
+        # Of a term: the noise 8, or a difference 1; an exponential 4; two products; sums over D and over R.
+        self.roundings = 8 + 4 + 2 + d + r
+
+    def magnitude(self):
+        """Return the sum of the magnitudes of all terms, and of what the errors of w, W and s change."""
+        terms = self.rest.square() + self.logvar.abs() + math.log(2 * math.pi)
+        terms = 0.5 * terms + self.rest.abs() * (self.own.abs() + self.of_moved)
+        common = 0.5 * self.s.square() + self.s.abs() * (self.common.abs() + self.shift.abs())
+        logs = torch.logdet(self.capacitance) + (self.solved * self.white.abs()).sum((-1, -2))
+        return terms.sum(-1) + common.sum(-1) + logs
+
+
+@pytest.mark.parametrize("of", ["a draw", "a given z"])
+@pytest.mark.parametrize("logvar", [0.0, -8.0, -16.0])
+def test_a_low_rank_density_of_a_narrow_diagonal_keeps_its_digits(of, logvar):
+    """log q is accurate in float32 to the roundings of the noise or of z, for any diagonal part."""
+    parameters = _low_rank(logvar)
+    q, exact_q = LowRankNormal(*parameters), LowRankNormal(*(t.double() for t in parameters))
+    z, log_q = q.rsample_log_prob(K, SEED)
+    if of == "a draw":
+        _, exact = exact_q.rsample_log_prob(K, SEED)
+        parts = _Parts(parameters)
+    else:
+        log_q, exact, parts = q.log_prob(z), exact_q.log_prob(z.double()), _Parts(parameters, z)
+    bound = parts.roundings * torch.finfo(torch.float32).eps / 2 * parts.magnitude()
+    assert bool(((log_q.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("logvar", [0.0, -8.0, -12.0])
+def test_gradients_of_a_low_rank_draw_are_total_derivatives(logvar):
+    """log q from the noise differentiates as log q at z, which moves with the parameters; float32 too."""
+    parameters, weights = _low_rank(logvar), randn(K, B, seed=4).double()
+
+    def gradients(dtype, at_z):
+        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in parameters]
+        q = LowRankNormal(*leaves)
+        z, log_q = q.rsample_log_prob(K, SEED)
+        value = q.log_prob(z) if at_z else log_q
+        return torch.autograd.grad(value, leaves, weights.to(dtype), materialize_grads=True)
+
+    exact, at_z = gradients(torch.float64, False), gradients(torch.float64, True)
+    for one, other in zip(exact, at_z, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * (1 + float(other.abs().max())))
+    parts, g = _Parts(parameters), weights.abs()
+    # Terms of the derivatives by log variances and by F. The paths through s add 0, a difference of such
+    # terms multiplied by the condition number.
+    per_dim = 1 + 2 * parts.rest.abs() * parts.of_moved + (parts.solved * parts.white.abs()).sum(-1)
+    of_logvar = 0.5 * torch.einsum("kb,kbd->bd", g, per_dim)
+    per_entry = parts.rest.abs()[..., None] * parts.shift.abs()[..., None, :] + parts.solved
+    of_factor = torch.einsum("kb,kbdr->bdr", g, per_entry) * torch.exp(-0.5 * parts.logvar)[..., None]
+    condition = torch.linalg.cond(parts.capacitance)
+    u = torch.finfo(torch.float32).eps / 2
+    found = gradients(torch.float32, False)[1:]
+    for one, other, terms in zip(found, exact[1:], (of_logvar, of_factor), strict=True):
+        scale = terms.flatten(1).amax(1) * (1 + condition)
+        error = (one.double() - other).abs().flatten(1).amax(1)
+        assert bool((error <= parts.roundings * u * scale).all())
+
+
+@pytest.mark.parametrize("logvar", [0.0, -8.0, -16.0])
+@pytest.mark.parametrize("other", ["full", "low rank", "to full"])
+def test_closed_forms_of_a_narrow_low_rank_normal(other, logvar):
+    """KL and gradients are accurate in float32 where the narrow diagonal part is lost in a covariance."""
+    near = [t + 0.01 * randn(*t.shape, seed=7 + i) for i, t in enumerate(_low_rank(logvar))]
+    full = [randn(B, 20, seed=5), 0.1 * randn(B, 210, seed=6)]
+
+    def parts(dtype):
+        leaves = [[t.detach().to(dtype, copy=True).requires_grad_() for t in group]
+                  for group in (_low_rank(logvar), near, full)]  # fmt: skip
+        low, p, dense = LowRankNormal(*leaves[0]), LowRankNormal(*leaves[1]), FullNormal(*leaves[2])
+        if other == "to full":
+            return (low, dense), leaves[0] + leaves[2]
+        return ((dense, low), leaves[2] + leaves[0]) if other == "full" else ((low, p), leaves[0] + leaves[1])
+
+    pair, leaves = parts(torch.float32)
+    kl = closed_kl(*pair)
+    assert kl.dtype == torch.float32
+    found = kl, *torch.autograd.grad(kl.sum(), leaves)
+    pair, leaves = parts(torch.float64)
+    covariances = [
+        d.scale_tril @ d.scale_tril.mT
+        if isinstance(d, FullNormal)
+        else d.factor @ d.factor.mT + torch.diag_embed(d.logvar.exp())
+        for d in pair
+    ]
+    kl = td.kl_divergence(*(td.MultivariateNormal(d.mu, c) for d, c in zip(pair, covariances, strict=True)))
+    exact = kl, *torch.autograd.grad(kl.sum(), leaves)
+    # One rounding of the result; torch's formula in float64 loses the digits of the condition number twice.
+    condition = max(float(torch.linalg.cond(c.detach()).max()) for c in covariances)
+    for one, value in zip(found, exact, strict=True):
+        lost = 2**-53 * 20 * condition * value.abs().max()
+        error = (one.double() - value).abs()
+        assert bool((error <= torch.finfo(torch.float32).eps * value.abs() + lost).all())
+
+
 NORMALS = ("diagonal", "full", "low rank")
 
 

@@ -144,9 +144,9 @@ class FullNormal(_Correlated):
         dtype = accumulator(torch.promote_types(self.mu.dtype, self.tril.dtype))
         return self.mu.to(dtype), self.tril.to(dtype)
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mu, L [..., D, D], and the logarithms of its diagonal [..., D]."""
-        mu, tril = self.wide()
+    def _parts(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mu, L [..., D, D], and the logarithms of its diagonal [..., D]; by default as wide."""
+        mu, tril = (t.to(dtype or t.dtype) for t in self.wide())
         rows, columns, diagonal = triangle_positions(mu.shape[-1], mu.device)
         logs = tril[..., diagonal]
         entries = tril.index_copy(-1, diagonal, torch.exp(logs))
@@ -201,24 +201,28 @@ class FullNormal(_Correlated):
         return td.MultivariateNormal(mu, scale_tril=scale, validate_args=False)
 
 
-def triangular_solve(scale: Tensor, delta: Tensor) -> Tensor:
+def triangular_solve(scale: Tensor, delta: Tensor, upper: bool = False) -> Tensor:
     """Return L⁻¹ delta [K, B, D], or [..., D] for a single L."""
     solved: Tensor
     if scale.dim() == 2:
-        solved = torch.linalg.solve_triangular(scale, delta.reshape(-1, delta.shape[-1]).mT, upper=False)
+        solved = torch.linalg.solve_triangular(scale, delta.reshape(-1, delta.shape[-1]).mT, upper=upper)
         return solved.mT.reshape(delta.shape)
-    solved = torch.linalg.solve_triangular(scale, delta.movedim(0, -1), upper=False)
+    solved = torch.linalg.solve_triangular(scale, delta.movedim(0, -1), upper=upper)
     return solved.movedim(-1, 0)
 
 
 class LowRankNormal(_Correlated):
     r"""Normal distribution N(mu, diag exp(logvar) + F Fᵀ): a diagonal plus rank-R covariance.
 
-    With :math:`W = e^{-\mathrm{logvar}/2} F`, :math:`w = e^{-\mathrm{logvar}/2} (z - μ)` and the Cholesky
-    factor C of :math:`I + WᵀW`,
+    With :math:`W = e^{-\mathrm{logvar}/2} F`, :math:`w = e^{-\mathrm{logvar}/2} (z - μ)`, the Cholesky
+    factor C of :math:`I + WᵀW` and :math:`s = (I + WᵀW)^{-1} Wᵀ w`, the mean of the common factors given z,
 
-    .. math:: \log p(z) = -½ \big(\|w\|^2 - \|C^{-1} Wᵀ w\|^2 + D \log 2π\big)
+    .. math:: \log p(z) = -½ \big(\|w - W s\|^2 + \|s\|^2 + D \log 2π\big)
               - ½ \sum_d \mathrm{logvar}_d - \sum_r \log C_{rr}
+
+    A draw :math:`w = ε + W η` has :math:`w - W s = ε - W δ` and :math:`s = η + δ`, with
+    :math:`δ = (I + WᵀW)^{-1} (Wᵀ ε - η)`: its density comes from the noise, without large numbers that
+    cancel. The squares are minimal at s, so that its error enters only squared.
 
     Args:
         mu, logvar: mean and log variance of the diagonal part: [B, D] for a posterior, [D] for a prior.
@@ -259,9 +263,13 @@ class LowRankNormal(_Correlated):
         dtype = accumulator(functools.reduce(torch.promote_types, dtypes))
         return self.mu.to(dtype), self.logvar.to(dtype), self.factor.to(dtype)
 
+    def _split(self, eps: Tensor) -> list[Tensor]:
+        """Return the noise of each dimension [K, B, D], and that of the common factors [K, B, R]."""
+        return list(eps.split([self.mu.shape[-1], self.factor.shape[-1]], -1))
+
     def _draw(self, eps: Tensor) -> Tensor:
         mu, logvar, factor = self.wide()
-        own, common = eps.split([mu.shape[-1], factor.shape[-1]], -1)
+        own, common = self._split(eps)
         z: Tensor = mu + torch.exp(0.5 * logvar) * own + rows_times(common, factor.mT)
         return z
 
@@ -269,32 +277,38 @@ class LowRankNormal(_Correlated):
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
-        dtype = self.wide()[0].dtype
-        eps = random.normal(seed, samples, self.batch, self._normals(), dtype=dtype, **place)
-        z = self._draw(eps)
-        return z.to(self.mu.dtype), self.log_prob(z)
+        mu, logvar, factor = self.wide()
+        eps = random.normal(seed, samples, self.batch, self._normals(), dtype=mu.dtype, **place)
+        own, common = self._split(eps)
+        white, root = self._capacitance(logvar, factor)
+        shift = _solve(root, rows_times(own, white) - common)
+        log_q = self._log_density(logvar, root, own - rows_times(shift, white.mT), common + shift)
+        return self._draw(eps).to(self.mu.dtype), log_q
 
     def _capacitance(self, logvar: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return W [..., D, R] and the Cholesky factor of I + WᵀW."""
+        """Return W [..., D, R] and the Cholesky factor of I + WᵀW, which is computed in float64."""
         white = factor * torch.exp(-0.5 * logvar)[..., None]
-        one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        root: Tensor = torch.linalg.cholesky(one + white.mT @ white)
-        return white, root
+        wide = white.to(torch.float64)
+        one = torch.eye(factor.shape[-1], dtype=wide.dtype, device=factor.device)
+        root: Tensor = torch.linalg.cholesky(one + wide.mT @ wide)
+        return white, root.to(factor.dtype)
 
     def _covariance(self) -> tuple[Tensor, Tensor]:
         _, logvar, factor = self.wide()
-        _, capacitance = self._capacitance(logvar, factor)
-        logs = capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return torch.exp(logvar) + factor.square().sum(-1), 0.5 * logvar.sum(-1) + logs
+        _, root = self._capacitance(logvar, factor)
+        return torch.exp(logvar) + factor.square().sum(-1), 0.5 * logvar.sum(-1) + _sum_of_logs(root)
 
     def log_prob(self, z: Tensor) -> Tensor:
         mu, logvar, factor = self.wide()
-        white, capacitance = self._capacitance(logvar, factor)
+        white, root = self._capacitance(logvar, factor)
         w = (z.to(mu.dtype) - mu) * torch.exp(-0.5 * logvar)
-        common = triangular_solve(capacitance, rows_times(w, white))
-        logs = capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        square: Tensor = common.square().sum(-1) - (w.square() + logvar + LOG_2_PI).sum(-1)
-        return 0.5 * square - logs
+        common = _solve(root, rows_times(w, white))
+        return self._log_density(logvar, root, w - rows_times(common, white.mT), common)
+
+    def _log_density(self, logvar: Tensor, root: Tensor, rest: Tensor, common: Tensor) -> Tensor:
+        """Return the log density of w = W s + rest, with s = ``common``."""
+        square: Tensor = (rest.square() + logvar + LOG_2_PI).sum(-1) + common.square().sum(-1)
+        return -0.5 * square - _sum_of_logs(root)
 
     def rows(self, start: int, stop: int) -> LowRankNormal | None:
         if not is_family(self, LowRankNormal):
@@ -312,6 +326,17 @@ class LowRankNormal(_Correlated):
             return None
         mu, logvar, factor = self.wide()
         return td.LowRankMultivariateNormal(mu, factor, torch.exp(logvar), validate_args=False)
+
+
+def _solve(root: Tensor, rows: Tensor) -> Tensor:
+    """Return (C Cᵀ)⁻¹ rows, of the Cholesky factor C and rows as in :func:`triangular_solve`."""
+    return triangular_solve(root.mT, triangular_solve(root, rows), upper=True)
+
+
+def _sum_of_logs(root: Tensor) -> Tensor:
+    """Return half the log determinant of C Cᵀ."""
+    logs: Tensor = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return logs
 
 
 def rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -342,15 +367,21 @@ def _kl_full_diagonal(q: FullNormal, p: StandardNormal | DiagonalNormal) -> Tens
 
 
 def _root(d: DiagonalNormal | FullNormal | LowRankNormal) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mu, a lower triangular root of the covariance [..., D, D], and the log of its diagonal."""
+    """Return mu, a lower triangular root of the covariance [..., D, D], and the log of its diagonal.
+
+    They are in float64: the inverse of a prior's root multiplies the roundings by its condition number.
+    """
     if isinstance(d, FullNormal):
-        return d._parts()
+        return d._parts(torch.float64)
     if isinstance(d, DiagonalNormal):
-        mu, logvar = d.wide()
+        mu, logvar = (t.to(torch.float64) for t in d.wide())
         return mu, torch.diag_embed(torch.exp(0.5 * logvar)), 0.5 * logvar
-    mu, logvar, factor = d.wide()
-    root = torch.linalg.cholesky(factor @ factor.mT + torch.diag_embed(torch.exp(logvar)))
-    return mu, root, root.diagonal(dim1=-2, dim2=-1).log()
+    mu, logvar, factor = (t.to(torch.float64) for t in d.wide())
+    # FFᵀ would absorb a small variance. The large rows come first: each row keeps its own relative accuracy.
+    rows = torch.cat([factor.mT, torch.diag_embed(torch.exp(0.5 * logvar))], -2)
+    upper = torch.linalg.qr(rows)[1]
+    diagonal = upper.diagonal(dim1=-2, dim2=-1)
+    return mu, upper.mT * diagonal.sign()[..., None, :], diagonal.abs().log()
 
 
 @register_kl(FullNormal, FullNormal)
@@ -366,7 +397,7 @@ def _kl_roots(q: DiagonalNormal | FullNormal | LowRankNormal, p: FullNormal | Lo
     move = torch.linalg.solve_triangular(prior_scale, (mu - prior_mu)[..., None], upper=False)[..., 0]
     cross = torch.tril(white, -1).square().sum(-1)
     kl: Tensor = 0.5 * (expm1_minus(2 * (logs - prior_logs)) + cross + move.square()).sum(-1)
-    return kl
+    return kl.to(torch.promote_types(q.wide()[0].dtype, p.wide()[0].dtype))
 
 
 @register_kl(LowRankNormal, StandardNormal)
@@ -379,4 +410,4 @@ def _kl_low_rank(q: LowRankNormal, p: StandardNormal | DiagonalNormal) -> Tensor
     cross = (factor * inverse[..., None]).square().sum(-1)
     move = (mu - prior_mu) * inverse
     terms = expm1_minus(logvar - prior_logvar) + cross + move.square()
-    return 0.5 * terms.sum(-1) - capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return 0.5 * terms.sum(-1) - _sum_of_logs(capacitance)
