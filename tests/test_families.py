@@ -470,6 +470,44 @@ def test_student_draws_differentiate_by_degrees_of_freedom():
     torch.testing.assert_close(slopes, expected, rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("df", [1e8, 1e12, 1e15, 1e34, 1e300, math.inf])
+def test_a_student_of_many_degrees_of_freedom(dtype, df):
+    """Density and entropy equal the normal's and the terms of order 1/ν, to a few roundings."""
+    w = torch.linspace(-4, 4, 33, dtype=dtype, device=DEVICE)
+    q = StudentT(zeros(1).to(dtype), zeros(1).to(dtype), torch.tensor(df, dtype=torch.float64, device=DEVICE))
+    found, w = q.log_prob(w[:, None, None])[:, 0].double(), w.double()
+    rest = (w**4 - 2 * w**2 - 1) / (4 * df)
+    exact = -0.5 * (w**2 + math.log(2 * math.pi)) + rest
+    # A constant and a product: of ν + 1, twice w/√ν and a logarithm.
+    bound = 12 * torch.finfo(dtype).eps / 2 * (1 + w**2) + (1 + w**6) / df / df
+    assert bool(((found - exact).abs() <= bound).all())
+    entropy = 0.5 * (1 + math.log(2 * math.pi)) + 1 / df
+    assert abs(float(q.entropy()) - entropy) <= 4 * torch.finfo(dtype).eps + 1 / df / df
+
+
+@pytest.mark.parametrize("df", [1e-3, 0.1, 1.0, 30.0])
+def test_a_student_density_far_out_does_not_overflow(df):
+    """The log density of any float32 number is finite, and accurate with its derivatives."""
+    w = 10.0 ** torch.arange(-38.0, 39.0, 2.0, device=DEVICE)
+    at = torch.cat([-w, zeros(1), w, torch.tensor([3.4e38], device=DEVICE)])
+
+    def computed(dtype):
+        z = at.detach().to(dtype, copy=True).requires_grad_()
+        leaf = torch.tensor(df, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        value = StudentT(zeros(1).to(dtype), zeros(1).to(dtype), leaf).log_prob(z[:, None, None])
+        return value[:, 0], *torch.autograd.grad(value.sum(), (z, leaf))
+
+    info = torch.finfo(torch.float32)
+    found, exact = computed(torch.float32), computed(torch.float64)
+    size = 1 + exact[0].detach().abs()
+    assert bool(((found[0].double() - exact[0]).abs() <= 12 * info.eps / 2 * size).all())
+    slope_bound = 16 * info.eps / 2 * exact[1].abs() + info.tiny
+    assert bool(((found[1].double() - exact[1]).abs() <= slope_bound).all())
+    of_df = 16 * info.eps / 2 * (size.sum() / df)
+    assert abs(float(found[2] - exact[2])) <= float(of_df)
+
+
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_draws_are_addressed(name):
     """Chunks and rows of any family's draw are parts of the whole, as are draws of a row-sliced posterior."""
