@@ -731,6 +731,45 @@ def test_a_kl_near_zero_is_accurate():
     torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=0)
 
 
+# Families near their prior, of a location, a log scale and a factor [..., D, 2], and the roundings of
+# their KL: one of a KL that is computed in float64.
+CLOSE = {
+    "diagonal": (lambda a, b, c: DiagonalNormal(a, b), 16),
+    "low rank": (lambda a, b, c: LowRankNormal(a, b, c), 1),
+    "laplace": (lambda a, b, c: Laplace(a, b), 1),
+    "gumbel": (lambda a, b, c: Gumbel(a, b), 1),
+    "log-normal": (lambda a, b, c: LogNormal(a, b), 1),
+    "exponential": (lambda a, b, c: Exponential(b), 1),
+}
+
+
+@pytest.mark.parametrize("off", [1e-2, 1e-3])
+@pytest.mark.parametrize("name", CLOSE)
+def test_a_kl_of_close_distributions_is_accurate(name, off):
+    """KL and gradients of a q close to p are accurate in float32, where naive formulas cancel."""
+    family, roundings = CLOSE[name]
+    at = [randn(D, seed=1), randn(D, seed=2), zeros(D, 2)]
+
+    def computed(dtype, kl):
+        leaves = [(t + off * randn(B, *t.shape, seed=5 + i)).to(dtype) for i, t in enumerate(at)]
+        leaves = [t.requires_grad_() for t in leaves]
+        p = DiagonalNormal(*at[:2]) if name == "low rank" else family(*at)
+        value = kl(family(*leaves), p.to(dtype))
+        grads = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
+        return [value.reshape(B, -1), *grads]
+
+    def naive(q, p):
+        one, other = q.as_torch(), p.as_torch()
+        if name == "low rank":
+            other = td.MultivariateNormal(other.mean, torch.diag_embed(other.variance))
+        return td.kl_divergence(one, other)
+
+    for found, exact in zip(computed(torch.float32, closed_kl), computed(torch.float64, naive), strict=True):
+        # torch's formula in float64 has an absolute error of some roundings of 1.
+        bound = (roundings + 1) * torch.finfo(torch.float32).eps / 2 * exact.abs() + 1e-13
+        assert found.dtype == torch.float32 and bool(((found.double() - exact).abs() <= bound).all())
+
+
 def test_free_bits_of_a_full_covariance():
     """A dimension's KL is conditional on the dimensions before it, so that they sum to the whole."""
     made = Parameters()

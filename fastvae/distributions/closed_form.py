@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch import distributions as td
 
+from ..core.special import expm1_minus
 from .base import Distribution, is_still
+from .location_scale import EULER, Exponential, Gumbel, Laplace, LocationScale, LogNormal
 from .wrapped import univariate
 
 _Closed = Callable[[Any, Any], Tensor]
@@ -77,3 +80,45 @@ def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
         return td.kl_divergence(base, other_base)
     except NotImplementedError:
         return None
+
+
+def _difference(q: LocationScale, p: LocationScale) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return loc_q − loc_p in units of p's scale, log(scale_q / scale_p), and the dtype of a KL.
+
+    The first two are in float64, where no ratio of float32 scales overflows.
+    """
+    (loc, log_scale), (prior_loc, prior_log_scale) = q.wide(), p.wide()
+    move = (loc.double() - prior_loc) * torch.exp(-prior_log_scale.double())
+    return move, log_scale.double() - prior_log_scale, torch.promote_types(loc.dtype, prior_loc.dtype)
+
+
+# KL(q ‖ p) of each dimension, with r = scale_q / scale_p = eᵘ, as a sum of positive terms such as eᵗ − 1 − t:
+# torch's formulas cancel where q is close to p.
+
+
+@register_kl(Exponential, Exponential)
+def _kl_exponential(q: Exponential, p: Exponential) -> Tensor:
+    _, u, dtype = _difference(q, p)
+    return expm1_minus(u).to(dtype)
+
+
+@register_kl(LogNormal, LogNormal)
+def _kl_log_normal(q: LogNormal, p: LogNormal) -> Tensor:
+    move, u, dtype = _difference(q, p)
+    return (0.5 * (expm1_minus(2 * u) + move.square())).to(dtype)
+
+
+@register_kl(Laplace, Laplace)
+def _kl_laplace(q: Laplace, p: Laplace) -> Tensor:
+    move, u, dtype = _difference(q, p)
+    return (expm1_minus(u) + torch.exp(u) * expm1_minus(-move.abs() * torch.exp(-u))).to(dtype)
+
+
+@register_kl(Gumbel, Gumbel)
+def _kl_gumbel(q: Gumbel, p: Gumbel) -> Tensor:
+    move, u, dtype = _difference(q, p)
+    # log Γ(1 + r) = (1 − γ)(r − 1) + rest, with a rest of second order that is positive, too.
+    excess = torch.expm1(u)
+    log_gamma = torch.lgamma(2 + excess)
+    rest = log_gamma - (1 - EULER) * excess
+    return (expm1_minus(u) + rest + expm1_minus(log_gamma - move)).to(dtype)

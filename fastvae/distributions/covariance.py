@@ -12,7 +12,7 @@ from torch import distributions as td
 
 from .. import ops, random
 from ..core.checks import check_same_device, check_tensor, shape_of
-from ..core.special import expm1_minus
+from ..core.special import expm1_minus, log1p_rest
 from ..ops.op import accumulator
 from .base import Distribution, Located, hold, is_family, is_still
 from .closed_form import register_kl
@@ -403,11 +403,19 @@ def _kl_roots(q: DiagonalNormal | FullNormal | LowRankNormal, p: FullNormal | Lo
 @register_kl(LowRankNormal, StandardNormal)
 @register_kl(LowRankNormal, DiagonalNormal)
 def _kl_low_rank(q: LowRankNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
-    mu, logvar, factor = q.wide()
-    prior_mu, prior_logvar = _of_prior(p, mu)
+    given = q.wide()
+    mu, logvar, factor = (t.to(torch.float64) for t in given)
+    prior = _of_prior(p, given[0])
+    prior_mu, prior_logvar = (t.to(torch.float64) for t in prior)
     inverse = torch.exp(-0.5 * prior_logvar)
-    _, capacitance = q._capacitance(logvar, factor)
-    cross = (factor * inverse[..., None]).square().sum(-1)
+    white, root = q._capacitance(logvar, factor)
     move = (mu - prior_mu) * inverse
-    terms = expm1_minus(logvar - prior_logvar) + cross + move.square()
-    return 0.5 * terms.sum(-1) - _sum_of_logs(capacitance)
+    u = logvar - prior_logvar
+    # Column r of F adds ‖F/σ_p‖² − log C_rr². For a small W, which would cancel, log C_rr² is log(1 + t):
+    # t is ‖W‖² less the squares left of C's diagonal.
+    size, left = white.square().sum(-2), torch.tril(root, -1).square().sum(-1)
+    more = (torch.expm1(u)[..., None] * white.square()).sum(-2)
+    small = more + left + log1p_rest((size - left).clamp(0, 1))
+    large = (factor * inverse[..., None]).square().sum(-2) - 2 * root.diagonal(dim1=-2, dim2=-1).log()
+    kl: Tensor = (expm1_minus(u) + move.square()).sum(-1) + torch.where(size < 1, small, large).sum(-1)
+    return (0.5 * kl).to(torch.promote_types(given[0].dtype, prior[0].dtype))

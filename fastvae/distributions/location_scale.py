@@ -20,7 +20,7 @@ from .base import Distribution, Located, hold, is_still
 from .words import count_latents
 
 # The mean of the standard Gumbel distribution.
-_EULER = 0.57721566490153286
+EULER = 0.57721566490153286
 
 
 class LocationScale(Located):
@@ -236,11 +236,11 @@ class Gumbel(LocationScale):
         torch.Size([5, 4])
     """
 
-    _variance, _entropy = math.pi**2 / 6, 1 + _EULER
+    _variance, _entropy = math.pi**2 / 6, 1 + EULER
 
     @property
     def mean(self) -> Tensor:
-        return self.loc + _EULER * torch.exp(self.log_scale)
+        return self.loc + EULER * torch.exp(self.log_scale)
 
     def _log_density(self, w: Tensor) -> Tensor:
         return -w - torch.exp(-w)

@@ -11,6 +11,7 @@ from torch import distributions as td
 
 from .. import ops, random
 from ..core.checks import check_same_device, check_same_shape, check_tensor, shape_of
+from ..core.special import expm1_minus
 from ..core.spread import log_variance
 from ..ops.normal_arguments import Form, form_of, options
 from ..ops.op import accumulator
@@ -300,4 +301,4 @@ def _kl(q: DiagonalNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
     prior_mu, prior_logvar = p.wide() if isinstance(p, DiagonalNormal) else (0.0, torch.zeros_like(logvar))
     u = logvar - prior_logvar
     white = (mu - prior_mu) * torch.exp(-0.5 * prior_logvar)
-    return 0.5 * (white.square() + torch.expm1(u) - u)
+    return 0.5 * (white.square() + expm1_minus(u))
