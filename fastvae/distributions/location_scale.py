@@ -355,11 +355,13 @@ class StudentT(LocationScale):
     def _log_density(self, w: Tensor) -> Tensor:
         df = self._wide_df()
         constant = _half_step(0.5 * df) - 0.5 * math.log(2 * math.pi)
-        root = df.sqrt()
-        # log(1 + w²/ν), also where w² or w/√ν overflows: what exceeds 2⁶⁰ is a factor of its own.
-        near = (w * (1 / root).to(w.dtype)).clamp(-(2.0**60), 2.0**60)
-        far = (w * (2.0**-60 / root).to(w.dtype)).abs().clamp(min=1.0)
-        tail = torch.log1p(near.square()) + 2 * torch.log(far)
+        # In float64 no square of a float32 overflows; of a float64 what exceeds 2⁵⁰⁰ is a factor of its own.
+        t = w.to(torch.float64) / df.sqrt()
+        if w.dtype == torch.float64:
+            near, far = t.clamp(-(2.0**500), 2.0**500), (t.abs() * 2.0**-500).clamp(min=1.0)
+            tail = torch.log1p(near.square()) + 2 * torch.log(far)
+        else:
+            tail = torch.log1p(t.square()).to(w.dtype)
         return constant.to(w.dtype) - 0.5 * (df + 1).to(w.dtype) * tail
 
     def _white(self, normals: Tensor) -> Tensor:
