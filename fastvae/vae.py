@@ -23,7 +23,7 @@ from .distributions.tensors import tensors_of
 from .distributions.words import known_mean
 from .estimation.audit.annealed import AnnealedMarginal, MarginalBounds, ais, bdmc
 from .estimation.evaluation import Evaluation, evaluate
-from .estimation.imputation import Imputation, impute, posterior_mean
+from .estimation.imputation import Imputation, check_mean, impute, posterior_mean
 from .estimation.log_marginal import log_marginal as _log_marginal
 from .estimation.log_marginal import reconstruction_log_prob as _reconstruction_log_prob
 from .estimation.options import (
@@ -488,6 +488,7 @@ class VAE(nn.Module):
         """
         if type(draws) is not int or draws:
             draws = check_count("draws", draws, "the draws of each example")
+        check_mean(self.likelihood)
         mask = as_mask(mask, x)
         seen = where_observed(x, mask, fill)
         inputs, seed, k, chunks = self._weighted(x, seen, k, k_chunk, mask, context, generator)

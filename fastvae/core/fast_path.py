@@ -18,6 +18,7 @@ from .torch_private import (
     forward_ad_is_active,
     functorch_is_active,
     is_functorch_wrapped,
+    is_legacy_batched,
     tracing_state,
 )
 
@@ -73,7 +74,8 @@ def plain(tensors: Sequence[Tensor | None]) -> int:
             continue
         # Tensors saved by torch.func.vjp are still wrapped when its function is called outside the transform.
         # Only the dispatcher resolves lazily negated views.
-        if type(t) not in _PLAIN or is_functorch_wrapped(t) or t.is_neg() or not (t.is_cpu or t.is_cuda):
+        wrapped = is_functorch_wrapped(t) or is_legacy_batched(t)
+        if type(t) not in _PLAIN or wrapped or t.is_neg() or not (t.is_cpu or t.is_cuda):
             return 0
         found |= (ON_CPU if t.is_cpu else ON_GPU) | (WANTED if t.requires_grad else 0)
     # The seed of GPU tensors must be on the GPU, too, so mixed devices go to full validation.

@@ -32,13 +32,20 @@ def check_matrix(name: str, x: Tensor) -> None:
 
 
 def csr_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, begins of rows and columns of a sparse matrix [B, X]."""
+    """Return values, begins of rows and columns of a sparse matrix [B, X].
+
+    They are detached: where a compiled graph breaks, Dynamo asks for the strides of the matrix that views of
+    it come from.
+    """
     if x.layout == torch.sparse_csr:
-        return x.values(), x.crow_indices().long(), x.col_indices().long()
-    x = x.coalesce()
-    rows, columns = x.indices()
-    begins = torch.bincount(rows + 1, minlength=x.shape[0] + 1).cumsum(0)
-    return x.values(), begins, columns.contiguous()
+        parts = x.values(), x.crow_indices().long(), x.col_indices().long()
+    else:
+        x = x.coalesce()
+        rows, columns = x.indices()
+        begins = torch.bincount(rows + 1, minlength=x.shape[0] + 1).cumsum(0)
+        parts = x.values(), begins, columns.contiguous()
+    values, begins, columns = (t.detach() for t in parts)
+    return values, begins, columns
 
 
 def at_rows(x: Tensor, rows: Tensor) -> Tensor:

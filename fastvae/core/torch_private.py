@@ -31,6 +31,7 @@ __all__ = [
     "handle_of",
     "has_hooks",
     "is_functorch_wrapped",
+    "is_legacy_batched",
     "is_torchs",
     "is_traced_on_gpu",
     "named_in_trace",
@@ -48,6 +49,8 @@ any_requires_grad = _C._any_requires_grad
 dispatch_mode_depth = _C._len_torch_dispatch_stack
 functorch_is_active = _C._are_functorch_transforms_active
 is_functorch_wrapped = _C._functorch.is_functorch_wrapped_tensor
+# Of torch.autograd.grad(is_grads_batched=True), whose vmap is older than functorch.
+is_legacy_batched = _C._functorch.is_legacy_batchedtensor
 torch_function_depth = _C._len_torch_function_stack
 tracing_state = _C._get_tracing_state
 _data_of: Any = _C._autograd._get_data_attr  # type: ignore[attr-defined]

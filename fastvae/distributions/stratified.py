@@ -377,6 +377,10 @@ class StratifiedMixture(Drawable):
 
 def derived_seed(seed: Tensor, number: int) -> Tensor:
     """Return a distinct seed for each number (multiplier of Knuth's MMIX)."""
+    if torch.compiler.is_compiling():
+        # A symbolic number would be printed with 2**63, which no 64-bit integer is.
+        step = torch.full((), number + 1, dtype=torch.int64, device=seed.device) * 1442695040888963407
+        return seed * 6364136223846793005 + (step & (2**63 - 1))
     return seed * 6364136223846793005 + 1442695040888963407 * (number + 1) % 2**63
 
 

@@ -47,6 +47,16 @@ class _Kept:
         return self.output
 
 
+def check_mean(likelihood: Likelihood) -> None:
+    """Raise TypeError unless the likelihood has a mean for each element."""
+    parts = likelihood.parts.values() if isinstance(likelihood, Joint) else [likelihood]
+    if any([isinstance(part, Multinomial) for part in parts]):
+        raise TypeError(
+            "the likelihood is a Multinomial, whose mean is each class's share of a total count that is not "
+            "known; expected one with a mean for each element, such as 'poisson'"
+        )
+
+
 def posterior_mean(inputs: Inputs, seed: Tensor, k: int, chunks: Chunks) -> tuple[Any, Tensor]:
     r"""Return the mean of x' over p(x'|x), [B, *event], and the log weights of the draws [K, B].
 
@@ -54,12 +64,7 @@ def posterior_mean(inputs: Inputs, seed: Tensor, k: int, chunks: Chunks) -> tupl
               \tilde w_k \propto p(x, z_k) / q(z_k|x)
     """
     likelihood = inputs.likelihood
-    parts = likelihood.parts.values() if isinstance(likelihood, Joint) else [likelihood]
-    if any([isinstance(part, Multinomial) for part in parts]):
-        raise TypeError(
-            "the likelihood is a Multinomial, whose mean is each class's share of a total count that is not "
-            "known; expected one with a mean for each element, such as 'poisson'"
-        )
+    check_mean(likelihood)
     decoder = _Kept(inputs.decoder)
     total: Any = None
     top = torch.full((), -math.inf, device=inputs.device)

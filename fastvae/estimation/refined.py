@@ -292,7 +292,10 @@ def _towards_moments(
     excess = (excess + excess.mT) / 2 - shift[:, :, None] * shift[:, None]
     kept = 0.0 if diagonal else (ess / (ess + mean.shape[1]))[:, None, None]
     excess = kept * excess + (1 - kept) * torch.diag_embed(excess.diagonal(dim1=1, dim2=2))
-    values, vectors = torch.linalg.eigh(excess)
+    try:
+        values, vectors = torch.linalg.eigh(excess)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # gradients of any size
+        return fitted
     factors = (1 + share * values).clamp(_NARROWEST, _WIDEST)
     root = torch.linalg.cholesky_ex((vectors * factors[:, None]) @ vectors.mT).L
     moved = Fitted(mean + share * (tril @ shift[:, :, None])[:, :, 0], tril @ root)
@@ -412,7 +415,10 @@ def _pushed_by_copies(output: Callable[[Tensor, int], Any], z: Tensor, tangents:
     """Return the same from one pass of a copy of z for each direction."""
     n = len(tangents)
     with forward_ad.dual_level():
-        return _unpacked(output(forward_ad.make_dual(z.repeat(n, 1), tangents.flatten(0, 1)), n), n)
+        found = output(forward_ad.make_dual(z.repeat(n, 1), tangents.flatten(0, 1)), n)
+        if all([forward_ad.unpack_dual(t).tangent is None for t in all_tensors(found)]):
+            raise NoDerivative("the decoder's output has no derivative by z; it detaches z or ignores it")
+        return _unpacked(found, n)
 
 
 def _is_unobserved(decoder: Any) -> bool:

@@ -15,6 +15,8 @@ from ..core import fast_path
 from ..core.checks import FLOATING, shape_of
 from ..core.deferred import PLAIN, HiddenLayer, LastLayer, deferred_layer, is_allocated
 from ..core.torch_private import (
+    forward_ad_is_active,
+    functorch_is_active,
     has_hooks,
     is_torchs,
     runs_torchs_call,
@@ -309,7 +311,7 @@ class FusedHead(nn.Module):
             weights, biases = _read_once(layers)
         for i, layer in enumerate(layers):
             self._check(i, layer, weights[i], biases[i], None if hidden else h)
-        keep = _attached if torch.is_grad_enabled() else torch.Tensor.detach
+        keep = _attached if torch.is_grad_enabled() or _in_transform() else torch.Tensor.detach
         kind = h.device.type
         if torch.is_autocast_enabled(kind) and h.dtype != torch.float64:
             # Cast as autocast would for the layers.
@@ -362,6 +364,11 @@ def _read_once(layers: Sequence[Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor 
 def _attached(tensor: Tensor) -> Tensor:
     """Return a view, which a later ``tensor.data = ...`` does not affect."""
     return tensor.view_as(tensor)
+
+
+def _in_transform() -> bool:
+    """Return True in forward mode and in transforms, whose derivatives do not end with ``no_grad``."""
+    return not torch.compiler.is_compiling() and (forward_ad_is_active() or functorch_is_active())
 
 
 def _is_replaced(layer: nn.Linear) -> bool:

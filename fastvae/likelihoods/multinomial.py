@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from ..core.checks import check_dense, check_same_device, check_tensor, shape_of
+from ..core.deferred import LastLayer
 from ..core.nested import Conditioning, all_tensors
 from ..ops.multinomial import check_counts, multinomial_rows
 from .base import NAMED, Likelihood
@@ -67,6 +68,9 @@ class Multinomial(Likelihood):
     def extra_repr(self) -> str:
         own = [*["coefficient=False"] * (not self.coefficient), *["probs=True"] * self.probs]
         return ", ".join(own)
+
+    def _event(self, layer: LastLayer, x: Any) -> tuple[int, ...] | None:
+        return tuple(x.shape[1:]) if layer.event is None and isinstance(x, Tensor) else layer.event
 
     def _logits(self, parameters: Any, seen: Tensor | None = None) -> Any:
         return log_of(parameters, "Multinomial(probs=True)", *SHARES, seen) if self.probs else parameters

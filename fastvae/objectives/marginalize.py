@@ -27,6 +27,7 @@ from ..core.hints import teaches
 from ..core.nested import each, tensors
 from ..core.options import REDUCTIONS, Reduction
 from ..core.records import registered
+from ..core.sparse import at_rows, is_sparse
 from ..core.torch_private import functorch_is_active
 
 if TYPE_CHECKING:
@@ -258,7 +259,13 @@ def _of_each_class(
 
 def _repeated(x: Any, times: int) -> Any:
     """Repeat each row consecutively, so that its position in the noise is the same in any shard."""
-    return x if times == 1 else each(lambda t: t.repeat_interleave(times, 0), x)
+
+    def repeated(t: Tensor) -> Tensor:
+        if not is_sparse(t):
+            return t.repeat_interleave(times, 0)
+        return at_rows(t, torch.arange(len(t), device=t.device).repeat_interleave(times))
+
+    return x if times == 1 else each(repeated, x)
 
 
 def _check_bounds(part: Any, batch: int, classes: int, like: Tensor) -> None:

@@ -35,6 +35,6 @@ def gradient(g, x, location, log_scale, log_df):
     # Another order spills registers.
     _, slope = half_step(0.5 * df, log_df - LOG_2)
     grad_df = g * (slope + 0.5 * (share - df * log1p_excess(t, share, log1p_square(r))))
-    pull = tl.where(tl.abs(r) < 1.0e18, r * rest, 1.0 / r)
+    pull = 1.0 / (r + 1.0 / r)  # r / (1 + t), also for large and for infinite r
     grad_location = g * ((df + 1.0) * inverse_root * pull) * inverse_s
     return -grad_location, grad_location, g * ((df + 1.0) * share - 1.0), grad_df
