@@ -26,12 +26,11 @@ struct StudentT : Declaration {
   }
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
-    const C inverse_s = exp_<-2>(e.p1), r = (e.x - e.p0) * inverse_s * e.q0, t = r * r,
-            log_1pt = log1p_square(r);
-    // t / (1 + t), also for infinite t; r / (1 + t), which is 1 / r for large r.
+    const C distance = e.x - e.p0, r = distance * exp_<-2>(e.p1) * e.q0, t = r * r, log_1pt = log1p_square(r);
+    // t / (1 + t), also for infinite t.
     const C rest = C(1) / (C(1) + t), share = t < C(0.5) ? t * rest : C(1) - rest;
-    const C pull = abs_(r) < C(0x1p60) ? r * rest : C(1) / r;
-    const C location = g * ((e.q1 + C(1)) * e.q0 * pull) * inverse_s;
+    // 0 at 0, where NaN stays NaN.
+    const C location = g * ((e.q1 + C(1)) * (share / (distance == C(0) ? C(1) : distance)));
     const C log_df = e.q2 + C(0.5) * (share - e.q1 * log1p_excess(t, share, log_1pt));
     return {-location, location, g * ((e.q1 + C(1)) * share - C(1)), g * log_df};
   }

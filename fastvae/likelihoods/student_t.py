@@ -84,14 +84,13 @@ class StudentT(Scaled):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_df = log_df.clamp(max=80)
         df, inverse_root = torch.exp(log_df), torch.exp(-0.5 * log_df)
-        inverse_s = torch.exp(-log_scale)
-        r = (x - location) * inverse_s * inverse_root
+        distance = x - location
+        r = distance * torch.exp(-log_scale) * inverse_root
         t = r**2
-        # t / (1 + t), also for infinite t, and r / (1 + t), which is 1 / r for large r.
+        # t / (1 + t), also for infinite t.
         rest = 1 / (1 + t)
         share = torch.where(t < 1, t * rest, 1 - rest)
-        pull = torch.where(r.abs() < 1e18, r * rest, 1 / r)
-        grad_location = g * ((df + 1) * inverse_root * pull) * inverse_s
+        grad_location = g * (df + 1) * (share / torch.where(distance == 0, 1.0, distance))
         excess = log1p_excess(share, log1p_square(r))
         grad_df = half_step_slope(log_df - math.log(2)) + 0.5 * (share - df * excess)
         return -grad_location, grad_location, g * ((df + 1) * share - 1), g * grad_df

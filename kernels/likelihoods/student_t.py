@@ -27,7 +27,8 @@ def gradient(g, x, location, log_scale, log_df):
     log_df = tl.where(log_df > 80, 80.0, log_df)
     df, inverse_root = exp(log_df), exp(-0.5 * log_df)
     inverse_s = exp(-log_scale)
-    r = (x - location) * inverse_s * inverse_root
+    distance = x - location
+    r = distance * inverse_s * inverse_root
     t = r * r
     # t / (1 + t), also for infinite t.
     rest = 1.0 / (1.0 + t)
@@ -35,6 +36,5 @@ def gradient(g, x, location, log_scale, log_df):
     # Another order spills registers.
     _, slope = half_step(0.5 * df, log_df - LOG_2)
     grad_df = g * (slope + 0.5 * (share - df * log1p_excess(t, share, log1p_square(r))))
-    pull = 1.0 / (r + 1.0 / r)  # r / (1 + t), also for large and for infinite r
-    grad_location = g * ((df + 1.0) * inverse_root * pull) * inverse_s
+    grad_location = g * ((df + 1.0) * (share / tl.where(distance == 0, 1.0, distance)))
     return -grad_location, grad_location, g * ((df + 1.0) * share - 1.0), grad_df
