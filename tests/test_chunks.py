@@ -427,3 +427,32 @@ def test_a_random_decoder_is_called_once_for_each_chunk():
         assert calls == [20]
         fastvae.iwae(x, q, decoder, k=4, k_chunk=1, likelihood="bernoulli")
         assert calls == [20, 5, 5, 5, 5]
+
+
+def test_parameters_replaced_for_one_call():
+    """The backward pass after functional_call has returned computes with the parameters of the call."""
+    vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), likelihood="bernoulli").double().to(DEVICE)
+    x = rand(B, X, seed=1, dtype=torch.float64).round()
+    fast = {n: (p.detach() * 1.001 + 1e-3).requires_grad_() for n, p in vae.named_parameters()}
+
+    def gradients(k_chunk):
+        options = {"objective": "iwae", "k": K, "k_chunk": k_chunk, "generator": generator(2)}
+        loss = torch.func.functional_call(vae, fast, (x,), options)
+        return torch.autograd.grad(loss.sum(), list(fast.values()))
+
+    current = [id(p) for p in vae.parameters()]
+    for found, expected in zip(gradients(4), gradients(None), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert [id(p) for p in vae.parameters()] == current
+
+
+@pytest.mark.parametrize("factor", [1.001, 1.1])
+def test_parameters_whose_data_is_exchanged_are_noticed(factor):
+    """As helpers for averaged weights do, between the passes."""
+    decoder = nn.Linear(D, 784, device=DEVICE)
+    q = randn(B, D, seed=1).requires_grad_(), randn(B, D, seed=2)
+    x = rand(B, 784, seed=3).round()
+    loss = fastvae.iwae(x, q, decoder, k=K, k_chunk=4, likelihood="bernoulli")
+    decoder.weight.data = decoder.weight.data * factor
+    with pytest.raises(RuntimeError, match="gave other outputs for the same z"):
+        loss.backward()

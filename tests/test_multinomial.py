@@ -222,3 +222,19 @@ def test_mistakes(case, backend, monkeypatch):
     with pytest.raises((TypeError, ValueError)):
         fastvae.elbo(of(x), torch.zeros(3, 4, device=DEVICE), lambda z: torch.zeros(len(z), 7, device=DEVICE),
                      likelihood="multinomial")  # fmt: skip
+
+
+@pytest.mark.parametrize("event", [None, (3, 4)])
+def test_a_fused_head_of_shaped_counts(event):
+    """Without ``event`` the head's outputs have the shape of an example of x."""
+    x, layer = torch.randint(0, 5, (B, 3, 4), device=DEVICE), nn.Linear(2, 12, device=DEVICE)
+    q = randn(B, 4, seed=1)
+    head = fastvae.FusedHead(nn.Identity(), layer, event=event)
+
+    def decoder(z):
+        return layer(z).unflatten(1, (3, 4))
+
+    found, expected = (
+        fastvae.elbo(x, q, d, likelihood="multinomial", generator=generator(2)) for d in (head, decoder)
+    )
+    torch.testing.assert_close(found, expected)

@@ -29,7 +29,7 @@ from fastvae.distributions import (
     as_posterior,
 )
 from fastvae.distributions.multivariate_t import MultivariateStudentT
-from fastvae.distributions.stratified import StratifiedMixture
+from fastvae.distributions.stratified import StratifiedMixture, derived_seed
 from fastvae.estimation import proposals
 from fastvae.estimation.adaptive import AdaptedDraws, shrunk, tempered
 from fastvae.estimation.proposals import Adapted, Defensive, Posterior
@@ -751,3 +751,11 @@ def test_scaled_weights():
     found, expected = Weights.of(log_w, 9).scaled(by), Weights.of(log_w + by, 9)
     torch.testing.assert_close(found.tensors, expected.tensors, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(Weights.of(log_w, 9).scaled(2.0).log_px, Weights.of(log_w + 2, 9).log_px)
+
+
+def test_seeds_of_components_are_the_same_when_compiled():
+    """Also for a number that the compiler knows only as a symbol."""
+    compiled = torch.compile(derived_seed, dynamic=True)
+    seed = torch.tensor(-(2**62) + 12345, device=DEVICE)
+    for number in (0, 1, 7, 10**6):
+        assert torch.equal(compiled(seed, number), derived_seed(seed, number))

@@ -626,3 +626,29 @@ def test_what_a_hook_stores_is_usable():
         assert len(stored) > 10
         assert all(t.untyped_storage().nbytes() for t in stored)  # raises for a wrapper
         stored.clear()
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_a_fused_head_has_the_derivatives_of_its_layers(likelihood):
+    """Evaluation runs without gradients, and curvature in forward mode."""
+    torch.manual_seed(0)
+    body, last = nn.Sequential(nn.Linear(D, 6), nn.Tanh()), nn.Linear(6, X)
+    x = torch.rand(B, X).round().to(DEVICE)
+    q = 2 * _randn(B, 2 * D, seed=1)
+    kind = likelihoods.Gaussian(scale=0.1) if likelihood == "gaussian" else "bernoulli"
+    body, last = body.to(DEVICE), last.to(DEVICE)
+
+    def estimate(decoder):
+        return fastvae.log_marginal(
+            x, q, decoder, k=50, likelihood=kind, proposal="refined", generator=_generator(3)
+        )
+
+    found, expected = estimate(fastvae.FusedHead(body, last)), estimate(nn.Sequential(body, last))
+    for name in ("log_px", "ess"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-3)
+    z, tangent = _randn(B, D, seed=5), _randn(B, D, seed=6)
+    with torch.no_grad():
+        head, read = fastvae.FusedHead(body, last), likelihoods.Bernoulli().read
+        _, by_head = torch.func.jvp(lambda z: read(head(z), None), (z,), (tangent,))
+        _, by_layers = torch.func.jvp(nn.Sequential(body, last), (z,), (tangent,))
+    torch.testing.assert_close(by_head, by_layers)

@@ -312,3 +312,43 @@ def test_refused(clicks):
 
     with pytest.raises(TypeError, match=r"data is a Foreign.*torch\.sparse_csr_tensor\(m\.indptr"):
         evaluated(vae, Foreign())
+
+
+@pytest.mark.parametrize("layout", [coo, csr])
+def test_compiled(layout, clicks):
+    """Values and gradients of a compiled objective are those of the dense counts."""
+    decoder = nn.Linear(D, X, device=DEVICE)
+    q = randn(N, 2 * D, seed=1).requires_grad_()
+
+    def bound(x):
+        return fastvae.elbo(x, q, decoder, likelihood="multinomial", generator=generator(2))
+
+    found, expected = torch.compile(bound, backend="aot_eager")(layout(clicks)), bound(clicks)
+    torch.testing.assert_close(found, expected)
+    learned = [q, *decoder.parameters()]
+    pairs = zip(torch.autograd.grad(found, learned), torch.autograd.grad(expected, learned), strict=True)
+    for actual, wanted in pairs:
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("layout", [coo, csr])
+def test_marginalised(layout, clicks):
+    """Rows are repeated for each class."""
+    q, decoder = randn(N, 2 * D, seed=1), nn.Linear(D + 3, X, device=DEVICE)
+
+    def bound(x, y):
+        z = q.repeat_interleave(3, 0)
+        return fastvae.elbo(
+            x, z, lambda z, y: decoder(torch.cat([z, y], 1)), context=y, likelihood="multinomial",
+            reduction="none", generator=generator(3),
+        )  # fmt: skip
+
+    found, expected = (fastvae.marginalize(x, bound, classes=3) for x in (layout(clicks), clicks))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", [coo, csr])
+def test_what_imputation_says(layout, clicks):
+    vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), likelihood="multinomial").to(DEVICE)
+    with pytest.raises(TypeError, match="the likelihood is a Multinomial"):
+        vae.impute(layout(clicks), torch.ones(N, X, dtype=torch.bool, device=DEVICE), k=3)

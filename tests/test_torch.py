@@ -821,6 +821,16 @@ def _same(actual, expected, rtol=1e-5, atol=1e-6):
             torch.testing.assert_close(actual[name][key], expected[name][key], rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("objective", ["elbo", "iwae"])
+def test_batched_gradients_of_an_objective(objective):
+    """They go through another vmap than functorch's."""
+    q, x, decoder = torch.randn(5, 6, requires_grad=True), torch.rand(5, 7).round(), nn.Linear(3, 7)
+    bound = getattr(fastvae, objective)(x, q, decoder, k=4, likelihood="bernoulli", reduction="none")
+    loop = [torch.autograd.grad(b, q, retain_graph=True)[0] for b in bound]
+    (found,) = torch.autograd.grad(bound, q, torch.eye(5), is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack(loop))
+
+
 @pytest.mark.parametrize("estimator", ["iwae", "dreg"])
 def test_func_grad_of_an_objective(estimator):
     encoder, decoder = models.networks(X, D)
