@@ -164,7 +164,7 @@ class WeightEstimates {
     const double without = second - shift_ + __builtin_log(others) - __builtin_log(total);
     for (int i = 0; i < length(); ++i) {
       const double share = weight_[static_cast<std::size_t>(i)] / total;
-      const double left_out = t[i] == -__builtin_inf() ? 0 : i == 0 ? without : __builtin_log1p(-share);
+      const double left_out = i == 0 ? without : __builtin_log1p(-share);
       first += left_out;
       squares += square(left_out);
       of_shares += square(share);
