@@ -92,7 +92,7 @@ _LIGHT = 0.0
 _LEVEL = 0.95, NormalDist().inv_cdf(0.975)
 # Numbers of the tails of a batch on a GPU up to which copies to the CPU and back take less time than the
 # launches of the formulas.
-_MOST_ON_HOST = 2**16
+_MOST_ON_HOST = 2**14
 # Nodes and weights of Gauss-Hermite quadrature for N(0, 1).
 _NODES = ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6))
 
