@@ -28,8 +28,8 @@ inline double at_most(double x, double high) { return x > high ? high : x; }
 // Sums log(1 - theta x[i]) for x >= 0, of which x[0] is the largest: logarithms of products of mantissas,
 // exponents apart. Where the sum is small, 1 + e = prod(1 + a) keeps its relative accuracy.
 FASTVAE_LOOP double sum_log1m(int n, double theta, const double* x, double sum_of_x) {
-  const double smallest = 1 - theta * x[0];
-  if (!(smallest > 1e-290 && smallest < 1e290)) {
+  const double farthest = 1 - theta * x[0];  // from 1
+  if (!(farthest > 1e-290 && farthest < 1e290)) {
     double sum = 0;
     for (int i = 0; i < n; ++i) sum += __builtin_log1p(-theta * x[i]);
     return sum;

@@ -74,8 +74,9 @@ def plain(tensors: Sequence[Tensor | None]) -> int:
             continue
         # Tensors saved by torch.func.vjp are still wrapped when its function is called outside the transform.
         # Only the dispatcher resolves lazily negated views.
-        wrapped = is_functorch_wrapped(t) or is_legacy_batched(t)
-        if type(t) not in _PLAIN or wrapped or t.is_neg() or not (t.is_cpu or t.is_cuda):
+        if type(t) not in _PLAIN or is_functorch_wrapped(t) or is_legacy_batched(t):
+            return 0
+        if t.is_neg() or not (t.is_cpu or t.is_cuda):
             return 0
         found |= (ON_CPU if t.is_cpu else ON_GPU) | (WANTED if t.requires_grad else 0)
     # The seed of GPU tensors must be on the GPU, too, so mixed devices go to full validation.

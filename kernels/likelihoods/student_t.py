@@ -33,8 +33,8 @@ def gradient(g, x, location, log_scale, log_df):
     # t / (1 + t), also for infinite t.
     rest = 1.0 / (1.0 + t)
     share = tl.where(t < 0.5, t * rest, 1.0 - rest)
-    # Another order spills registers.
+    # Any other order spills registers. Without a distance t is 0, or NaN.
+    grad_location = g * ((df + 1.0) * tl.where(distance == 0, t, share / distance))
     _, slope = half_step(0.5 * df, log_df - LOG_2)
     grad_df = g * (slope + 0.5 * (share - df * log1p_excess(t, share, log1p_square(r))))
-    grad_location = g * ((df + 1.0) * (share / tl.where(distance == 0, 1.0, distance)))
     return -grad_location, grad_location, g * ((df + 1.0) * share - 1.0), grad_df
