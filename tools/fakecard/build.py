@@ -153,6 +153,9 @@ def _variables(own: Path, found: Path) -> dict[str, str]:
         "LD_PRELOAD": f"{runtime}:{found / 'libcuda.so.1'}",
         "LD_LIBRARY_PATH": str(found),
         "TRITON_LIBCUDA_PATH": str(found),
+        # Inductor decides on padding by timing products, which a card that is not there does not compute; the
+        # timing crashes.
+        "TORCHINDUCTOR_SHAPE_PADDING": "0",
         # Compiled kernels stay with the environment.
         "TRITON_CACHE_DIR": str(own / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor"),
