@@ -448,7 +448,7 @@ def test_parameters_replaced_for_one_call():
 
 @pytest.mark.parametrize("factor", [1.001, 1.1])
 def test_parameters_whose_data_is_exchanged_are_noticed(factor):
-    """As helpers for averaged weights do, between the passes."""
+    """Data exchanged between the passes, as helpers for averaged weights do, raise an error."""
     decoder = nn.Linear(D, 784, device=DEVICE)
     q = randn(B, D, seed=1).requires_grad_(), randn(B, D, seed=2)
     x = rand(B, 784, seed=3).round()
