@@ -115,16 +115,19 @@ def computed(b_x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load(p_x, offsets, mask, DTYPE: tl.constexpr, other: tl.constexpr = 0.0, ALIGN: tl.constexpr = 16):
+def load(
+    p_x, offsets, mask, DTYPE: tl.constexpr, other: tl.constexpr = 0.0, ALIGN: tl.constexpr = 16,
+    CACHE: tl.constexpr = "",
+):  # fmt: skip
     """Load a tile in the dtype of the computation; ``other`` outside the mask.
 
     ALIGN is the alignment in bytes of each row's address if below 16; without it the compiler would load one
-    number at a time.
+    number at a time. CACHE is ".cg" for what other programs of the launch have written.
     """
     p_tile = p_x + offsets
     if ALIGN < 16:
         p_tile = tl.multiple_of(p_tile, [1, 1, ALIGN])
-    return computed(tl.load(p_tile, mask=mask, other=other), DTYPE)
+    return computed(tl.load(p_tile, mask=mask, other=other, cache_modifier=CACHE), DTYPE)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ functions of it alone are computed once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    EventTiles,
     accumulator,
     event_offsets,
     event_tiles,
@@ -44,15 +46,19 @@ from .likelihood_parameters import (
     observed,
     scalar_functions,
 )
+from .reduce import LAST_SIZE, bound_constants, bound_strides, on_device, reduce_rows, unit_of
 
 # Maximum tiles of a row per program where logarithms are shared: the product of four factors of up to 2 from
 # each tile must stay below 2^127.
 MAX_TILES = 28
 # Parts of a row that the reduction adds itself, which takes less time than another launch.
 MAX_ADDED = 16
+# Elements of a launch that also computes the bound. It takes more registers, which costs a larger one more
+# time than a second launch does.
+MAX_ELEMENTS = 2**20
 
 
-__all__ = ["bound_backward", "log_prob", "log_prob_backward"]
+__all__ = ["bound_backward", "log_prob", "log_prob_backward", "log_prob_bound"]
 
 
 @triton.jit
@@ -96,14 +102,22 @@ def value_of_tile(
     return b_value, b_odds
 
 
-@triton.jit(do_not_specialize=["K", "B", "x_tiles"], do_not_specialize_on_alignment=["k_splits"])
+@triton.jit(
+    do_not_specialize=["coefficient", "K", "B", "x_tiles"], do_not_specialize_on_alignment=["k_splits"]
+)
 def log_prob_kernel(
     p_x,  # [B, X] data, of any type
     p_mask,  # [B, X] bool, True where x was observed, or None
     p_p0,  # [K or 1, B or 1, X or 1] the parameters; None beyond the last
     p_p1,
     p_p2,
+    p_term,  # for a bound, which the last program computes: [K, B], or [B], or None
+    p_beta,  # [B], or [] with stride 0: a factor of the term, or None for 1
+    p_counter,  # [1] int32, zero, of programs that have finished; None without a bound
     p_out,  # [x_splits, K, B] out, contiguous: partial log-likelihoods
+    p_bound,  # [B] out, or [] for the sum or mean over the batch
+    p_weights,  # [K, B] out, contiguous, or None
+    coefficient,  # the bits of a further factor of the term, where UNIT is 0
     K,  # samples
     B,  # rows
     X,  # pixels
@@ -122,8 +136,17 @@ def log_prob_kernel(
     stride_2_k,
     stride_2_b,
     stride_2_x,
+    stride_term_k,
+    stride_term_b,
+    stride_beta,
     VARIES_1: tl.constexpr,
     VARIES_2: tl.constexpr,
+    BATCH: tl.constexpr,  # as UNIT to REDUCE_B for a bound: see fastvae.kernels.reduce
+    UNIT: tl.constexpr,
+    LOG_MEAN_EXP: tl.constexpr,
+    TINY: tl.constexpr,
+    REDUCE_K: tl.constexpr,
+    REDUCE_B: tl.constexpr,
     VALUE: tl.constexpr,  # the likelihood's functions, see fastvae.kernels.likelihoods
     DATA: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -135,7 +158,11 @@ def log_prob_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """Compute log p(x|z); one program per block of samples and rows, and split of the pixels."""
+    """Compute log p(x|z); one program per block of samples and rows, and split of the pixels.
+
+    With a counter, the last program to finish reduces all of them to the bound, in an order that does not
+    depend on which program that is.
+    """
     i_b, i_k = split_program(k_splits)
     i_k *= BLOCK_K
     i_b *= BLOCK_B
@@ -195,6 +222,21 @@ def log_prob_kernel(
         b_sum += log1p_of_odds(b_product)
     o_out = (tl.program_id(1).to(tl.int64) * K + o_k) * B + o_b
     tl.store(p_out + o_out, FACTOR * tl.sum(b_sum, axis=2, keep_dims=True), mask=(o_k < K) & (o_b < B))
+    if p_counter is not None:
+        # All threads have stored before one of them counts the program, which releases the stores to the
+        # device, and acquires those of the programs counted before.
+        tl.debug_barrier()
+        finished = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
+        if finished == tl.num_programs(0) * tl.num_programs(1) - 1:
+            tl.debug_barrier()
+            b_batch = reduce_rows(
+                p_out, p_term, p_beta, p_bound, None, p_weights, coefficient, tl.num_programs(1), K, B,
+                0, (B + REDUCE_B - 1) // REDUCE_B, stride_term_k, stride_term_b, stride_beta,
+                True, BATCH, UNIT, LOG_MEAN_EXP, ".cg", TINY, DTYPE, REDUCE_K, REDUCE_B,
+            )  # fmt: skip
+            if BATCH != "none":
+                tl.store(p_bound, b_batch)
+            tl.store(p_counter, 0)
 
 
 @triton.jit
@@ -367,36 +409,69 @@ def log_prob_backward_kernel(
     store_row_sums(p_grad_p2, s_2, o_k, o_b, K, B, LAYOUT_2)
 
 
-@planned
-def _log_prob(x, mask, *rest) -> Call:
-    *given, likelihood, in_parts = rest
+def _tiles(likelihood: Any, shape: torch.Size, masked: bool) -> EventTiles:
+    """Return the tiles of log p(x|z) for a first parameter of this shape."""
+    max_tiles = MAX_TILES if scalar_functions(likelihood.name)[0]["SHARED_LOG"] else 0
+    return event_tiles(*shape, launching_of(likelihood, False, masked).tile, max_tiles=max_tiles)
+
+
+def _rows(x, mask, given, likelihood, results, bound_numbers, bound_constants, varying, left_out) -> Call:
+    """Plan the launch for its results, which are rows alone, or parts of them and a bound."""
     k, b, size = given[0].shape
     dtype = accumulator(x, *given)
-    functions, _ = scalar_functions(likelihood.name)
-    launching = launching_of(likelihood, False, mask is not None)
-    max_tiles = MAX_TILES if functions["SHARED_LOG"] else 0
-    tiles = event_tiles(k, b, size, launching.tile, max_tiles=max_tiles)
+    tiles = _tiles(likelihood, given[0].shape, mask is not None)
     numbers, varies = described(all_parameters(tuple(given)))
-    splits = tiles.x_splits
-    in_parts = in_parts and 1 < splits <= MAX_ADDED
     return Call(
         log_prob_kernel,
         tiles.grid,
-        (Result((splits, k, b), dtype) if in_parts else Result((k, b), dtype, splits),),
+        results,
         (
+            *((0,) if not varying else ()),
             *(k, b, fixed(size), tiles.k_splits, tiles.x_tiles),
-            *(*map(fixed, (*strides(x, 2), *strides(mask, 2))), *numbers),
+            *(*map(fixed, (*strides(x, 2), *strides(mask, 2))), *numbers, *bound_numbers),
         ),
         {
             **varies,
-            **functions,
+            **bound_constants,
+            **scalar_functions(likelihood.name)[0],
             "INSIDE": float(likelihood.inside),
             "DTYPE": triton_dtype(dtype),
             **tiles.blocks,
         },
-        launching.warps(dtype),
-        MAX_PARAMETERS - len(given),
+        launching_of(likelihood, False, mask is not None).warps(dtype),
+        left_out,
     )
+
+
+_NO_BOUND = {"BATCH": "none", "UNIT": 0, "LOG_MEAN_EXP": False, "TINY": 0.0, "REDUCE_K": 1, "REDUCE_B": 1}
+
+
+@planned
+def _log_prob(x, mask, *rest) -> Call:
+    *given, likelihood, in_parts = rest
+    k, b, _ = given[0].shape
+    dtype, splits = accumulator(x, *given), _tiles(likelihood, given[0].shape, mask is not None).x_splits
+    in_parts = in_parts and 1 < splits <= MAX_ADDED
+    rows = Result((splits, k, b), dtype) if in_parts else Result((k, b), dtype, splits)
+    left_out = MAX_PARAMETERS - len(given) + 3  # the bound's inputs are not given, either
+    return _rows(x, mask, given, likelihood, (rows, None, None), (0, 0, 0), _NO_BOUND, False, left_out)
+
+
+@planned
+def _bound(x, _, p_0, p_1, p_2, term, beta, counter, likelihood, unit, log_mean_exp, batch) -> Call:
+    given = [p for p in (p_0, p_1, p_2) if p is not None]
+    k, b, _ = p_0.shape
+    dtype = accumulator(x, *given)
+    results = (
+        Result((_tiles(likelihood, p_0.shape, False).x_splits, k, b), dtype),
+        Result((b,) if batch == "none" else (), dtype),
+        Result((k, b), dtype) if log_mean_exp else None,
+    )
+    constants = bound_constants(dtype, unit, k, b) | {"BATCH": batch, "LOG_MEAN_EXP": log_mean_exp}
+    if not torch.version.hip:
+        # Left to itself, NVIDIA's assembler spills some bytes to use fewer.
+        constants["maxnreg"] = 255 if dtype == torch.float64 else 128
+    return _rows(x, None, given, likelihood, results, bound_strides(term, beta), constants, True, 0)
 
 
 def log_prob(
@@ -415,6 +490,39 @@ def log_prob(
     if first.numel() == 0:
         return x.new_zeros(first.shape[:2], dtype=accumulator(x, *parameters))
     return _log_prob((x, mask, *parameters), (likelihood, in_parts))[0]
+
+
+def log_prob_bound(
+    likelihood: Any,
+    x: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    term: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    how: Any,
+    counter: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Return the bound and the weights by the launch of its rows, None if that does not apply.
+
+    Args:
+        likelihood: the declared likelihood.
+        x: data [B, X], all of it observed.
+        parameters: [K, B, X], the others broadcast to it.
+        term: [K, B], [B] or None.
+        beta: factor of the term, [B] or [], or None for 1.
+        how: the reduction (:class:`fastvae.ops.reduce.BoundReduction`).
+        counter: [1] int32, zero, and zero afterwards.
+    """
+    first = parameters[0]
+    k, b, _ = first.shape
+    if not how.is_plain or k * b > LAST_SIZE or not 0 < first.numel() <= MAX_ELEMENTS:
+        return None
+    if _tiles(likelihood, first.shape, False).x_splits > MAX_ADDED:
+        return None
+    unit, bits = unit_of(how)
+    tensors = x, None, *all_parameters(tuple(parameters)), term, on_device(beta, first), counter
+    settings = likelihood, unit, how.over == "log_mean_exp", how.reduction
+    _, bound, weights = _bound(tensors, settings, (bits,))
+    return bound, weights
 
 
 def _layout(parameter: torch.Tensor | None, needed: bool, k: int, b: int, size: int) -> int:

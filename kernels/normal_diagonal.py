@@ -63,6 +63,14 @@ def draw(
     return b_eps, b_z
 
 
+@triton.jit
+def zero_first(p_counter):
+    """Set a counter to zero, in the first program."""
+    if p_counter is not None:  # noqa: SIM102 (compile-time condition outside, run-time condition inside)
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(p_counter, 0)
+
+
 @triton.jit(
     do_not_specialize=["K", "B", "sample_offset", "row_offset", "k_per_program"],
     do_not_specialize_on_alignment=["d_splits"],
@@ -75,6 +83,7 @@ def rsample_kl_kernel(
     p_seed,  # [] int64
     p_z,  # [K, B, D] out, contiguous
     p_kl,  # [d_splits, B] or [B, D] out, contiguous, in the dtype of the computation
+    p_counter,  # [1] int32 out, zero, or None
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
     K,  # samples
@@ -120,6 +129,7 @@ def rsample_kl_kernel(
     k_stop = tl.minimum(k_start + k_per_program, K)
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
     seed = tl.load(p_seed)
+    zero_first(p_counter)
     b_kl = tl.zeros([1, BLOCK_B, BLOCK_D], dtype=DTYPE)  # [1, BLOCK_B, BLOCK_D]
     for i_d in range(d_start, d_stop, BLOCK_D):
         o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
@@ -163,6 +173,7 @@ def rsample_log_ratio_kernel(
     p_seed,  # [] int64
     p_z,  # [K, B, D] out, contiguous
     p_log_ratio,  # [d_splits, K, B] out, contiguous, in the dtype of the computation
+    p_counter,  # [1] int32 out, zero, or None
     sample_offset,  # address of the first sample
     row_offset,  # address of the first row
     K,  # samples
@@ -198,6 +209,7 @@ def rsample_log_ratio_kernel(
     o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :, None]  # [1, BLOCK_B, 1]
     o_d = (i_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, None, :]  # [1, 1, BLOCK_D]
     seed = tl.load(p_seed)
+    zero_first(p_counter)
     b_mu, b_logvar, b_given, b_prior_mu, b_prior_logvar = load_inputs(
         p_mu, p_logvar, p_prior_mu, p_prior_logvar, o_b, o_d, B, D,
         stride_mu_b, stride_mu_d, stride_logvar_b, stride_logvar_d,
@@ -225,8 +237,11 @@ def log_ratio_term(b_eps, b_z, b_logvar, b_prior_mu, b_prior_logvar, p_prior_log
     return 0.5 * ((b_eps - b_white) * (b_eps + b_white) + (b_logvar - b_prior_logvar))
 
 
+_COUNTER = Result((1,), torch.int32)
+
+
 @planned
-def _draw_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, form, per_dimension) -> Call:
+def _draw_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, form, per_dimension, counts) -> Call:
     b, d = mu.shape
     dtype, launching = accumulator(mu), LAUNCH["normal_diagonal"]
     tiles = latent_tiles(samples, b, d, launching.tile, loop_d=True)
@@ -234,7 +249,7 @@ def _draw_kl(mu, logvar, prior_mu, prior_logvar, seed, samples, form, per_dimens
     return Call(
         rsample_kl_kernel,
         tiles.grid,
-        (Result((samples, b, d), mu.dtype), kl),
+        (Result((samples, b, d), mu.dtype), kl, _COUNTER if counts else None),
         (
             samples,
             b,
@@ -257,26 +272,34 @@ def rsample_kl(
     seed: torch.Tensor,
     draw: Any,
     per_dimension: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return z [K, B, D] and KL(q || p) [B], or [B, D] with ``per_dimension``."""
+    counts: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """Return z [K, B, D], KL(q || p) [B], or [B, D] with ``per_dimension``, and a counter or None.
+
+    A counter, [1] int32, is zero; it is for :func:`fastvae.kernels.likelihood.log_prob_bound`.
+    """
     b, d = mu.shape
     if b == 0 or d == 0:
         kl = mu.new_zeros((b, d) if per_dimension else b, dtype=accumulator(mu))
-        return mu.new_empty((draw.samples, b, d)), kl
-    settings = draw.samples, form_of(draw), per_dimension
+        return mu.new_empty((draw.samples, b, d)), kl, None
+    settings = draw.samples, form_of(draw), per_dimension, counts
     tensors = mu, logvar, prior_mu, prior_logvar, seed
     return _draw_kl(tensors, settings, (draw.sample_offset, draw.row_offset))
 
 
 @planned
-def _draw_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, form) -> Call:
+def _draw_log_ratio(mu, logvar, prior_mu, prior_logvar, seed, samples, form, counts) -> Call:
     b, d = mu.shape
     dtype, launching = accumulator(mu), LAUNCH["normal_diagonal"]
     tiles = latent_tiles(samples, b, d, launching.tile)
     return Call(
         rsample_log_ratio_kernel,
         tiles.grid,
-        (Result((samples, b, d), mu.dtype), Result((samples, b), dtype, tiles.d_splits)),
+        (
+            Result((samples, b, d), mu.dtype),
+            Result((samples, b), dtype, tiles.d_splits),
+            _COUNTER if counts else None,
+        ),
         (samples, b, fixed(d), *tiles.numbers, *input_strides(mu, logvar, prior_mu, prior_logvar)),
         compile_time(dtype, form, tiles, logvar),
         launching.warps(dtype),
@@ -291,12 +314,16 @@ def rsample_log_ratio(
     seed: torch.Tensor,
     draw: Any,
     estimator: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return z [K, B, D] and log p(z) - log q(z|x) [K, B]; only the backward pass uses the estimator."""
+    counts: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """Return z [K, B, D], log p(z) - log q(z|x) [K, B], and a counter or None, as :func:`rsample_kl`.
+
+    Only the backward pass uses the estimator.
+    """
     b, d = mu.shape
     samples = draw.samples
     if samples == 0 or b == 0 or d == 0:
-        return mu.new_empty((samples, b, d)), mu.new_zeros((samples, b), dtype=accumulator(mu))
-    settings = samples, form_of(draw)
+        return mu.new_empty((samples, b, d)), mu.new_zeros((samples, b), dtype=accumulator(mu)), None
+    settings = samples, form_of(draw), counts
     tensors = mu, logvar, prior_mu, prior_logvar, seed
     return _draw_log_ratio(tensors, settings, (draw.sample_offset, draw.row_offset))

@@ -36,21 +36,90 @@ def term_factor(p_beta, coefficient, o_b, m_b, stride_beta, UNIT: tl.constexpr, 
 @triton.jit
 def log_weights(
     p_log_likelihood, p_term, b_factor, o_k, o_b, mask, parts, K, B, stride_k, stride_b,
-    SPLIT: tl.constexpr, DTYPE: tl.constexpr,
+    SPLIT: tl.constexpr, CACHE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Load a tile of log-likelihoods, and of the term times its factor (zero without a term)."""
-    b_likelihood = load(p_log_likelihood, o_k * B + o_b, mask, DTYPE)
+    b_likelihood = load(p_log_likelihood, o_k * B + o_b, mask, DTYPE, CACHE=CACHE)
     if SPLIT:
         for i in range(1, parts, PARTS):
             for j in tl.static_range(PARTS):  # loads that do not wait for each other
                 o_part = ((i + j) * K + o_k) * B + o_b
-                b_likelihood += load(p_log_likelihood, o_part, mask & (i + j < parts), DTYPE)
+                m_part = mask & (i + j < parts)
+                b_likelihood += load(p_log_likelihood, o_part, m_part, DTYPE, CACHE=CACHE)
     b_added = tl.zeros_like(b_likelihood)
     if p_term is not None:
         b_term = load(p_term, o_k * stride_k + o_b * stride_b, mask, DTYPE)
         # A factor of 0 leaves an infinite term out.
         b_added = tl.where(b_factor == 0, 0.0, b_factor * b_term)
     return b_likelihood, b_added
+
+
+@triton.jit
+def reduce_rows(
+    p_log_likelihood, p_term, p_beta, p_bound, p_mean, p_weights, coefficient, parts, K, B, first, blocks,
+    stride_k, stride_b, stride_beta, SPLIT: tl.constexpr, BATCH: tl.constexpr, UNIT: tl.constexpr,
+    LOG_MEAN_EXP: tl.constexpr, CACHE: tl.constexpr, TINY: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Reduce the samples of ``blocks`` blocks of rows, from the block ``first``.
+
+    The arguments are those of :func:`reduce_kernel`. CACHE is ".cg" for log-likelihoods that other programs
+    of the launch have written. Returns the sum, or mean, of the bounds over the rows; they are stored without
+    one.
+    """
+    b_batch = tl.zeros([BLOCK_B, 1], dtype=DTYPE)
+    b_rows = tl.zeros([BLOCK_B, 1], dtype=DTYPE) + B
+    b_count = tl.zeros([BLOCK_B, 1], dtype=DTYPE) + K
+    for i_b in range(first, first + blocks):
+        o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
+        m_b = o_b < B
+        b_factor = term_factor(p_beta, coefficient, o_b, m_b, stride_beta, UNIT, DTYPE)
+        b_max = tl.full([BLOCK_B, 1], float("-inf"), dtype=DTYPE)
+        b_sum = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # sums of exponentials
+        b_mean = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # sums of log-likelihoods
+        b_term = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)
+        for i_k in range(0, K, BLOCK_K):
+            o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
+            mask = m_b & (o_k < K)
+            b_likelihood, b_added = log_weights(
+                p_log_likelihood, p_term, b_factor, o_k, o_b, mask, parts, K, B, stride_k, stride_b,
+                SPLIT, CACHE, DTYPE,
+            )  # fmt: skip
+            b_mean += b_likelihood
+            b_term += b_added
+            if LOG_MEAN_EXP:
+                b_w = tl.where(mask, b_likelihood + b_added, float("-inf"))
+                b_max, b_rescale, b_exp = next_block(b_w, b_max)
+                b_sum = b_sum * b_rescale + b_exp
+        b_average = quotient(tl.sum(b_mean, axis=1, keep_dims=True), b_count)  # [BLOCK_B, 1]
+        if p_mean is not None:
+            tl.store(p_mean + o_b, b_average, mask=m_b)
+        if LOG_MEAN_EXP:
+            b_total = tl.sum(b_sum, axis=1, keep_dims=True)  # [BLOCK_B, 1]
+            b_max = tl.where(b_total == b_total, b_max, b_total)
+            b_bound = b_max + log(b_total) - log(b_count)
+            if p_weights is not None:
+                b_shift = finite_shift(b_max)
+                b_divisor = tl.where(b_total == 0, 1.0, b_total)
+                for i_k in range(0, K, BLOCK_K):
+                    o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+                    mask = m_b & (o_k < K)
+                    b_likelihood, b_added = log_weights(
+                        p_log_likelihood, p_term, b_factor, o_k, o_b, mask, parts, K, B, stride_k, stride_b,
+                        SPLIT, CACHE, DTYPE,
+                    )  # fmt: skip
+                    b_weight = quotient(exp(b_likelihood + b_added - b_shift), b_divisor)
+                    b_weight = tl.where((b_weight < TINY) | (b_total == 0), 0.0, b_weight)
+                    store(p_weights, o_k * B + o_b, b_weight, mask)
+        else:
+            b_bound = b_average + quotient(tl.sum(b_term, axis=1, keep_dims=True), b_count)
+        if BATCH == "none":
+            tl.store(p_bound + o_b, b_bound, mask=m_b)
+        else:
+            b_batch += tl.where(m_b, b_bound, 0.0)
+    if BATCH == "mean":
+        b_batch = quotient(b_batch, b_rows)
+    return tl.sum(tl.sum(b_batch, axis=1), axis=0)
 
 
 @triton.jit(do_not_specialize=["coefficient", "parts", "K"])
@@ -79,61 +148,13 @@ def reduce_kernel(
     BLOCK_B: tl.constexpr,
 ):
     """Reduce the samples; one program per ``blocks`` blocks of rows."""
-    b_batch = tl.zeros([BLOCK_B, 1], dtype=DTYPE)
-    b_rows = tl.zeros([BLOCK_B, 1], dtype=DTYPE) + B
-    b_count = tl.zeros([BLOCK_B, 1], dtype=DTYPE) + K
-    first = tl.program_id(0) * blocks
-    for i_b in range(first, first + blocks):
-        o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]  # [BLOCK_B, 1]
-        m_b = o_b < B
-        b_factor = term_factor(p_beta, coefficient, o_b, m_b, stride_beta, UNIT, DTYPE)
-        b_max = tl.full([BLOCK_B, 1], float("-inf"), dtype=DTYPE)
-        b_sum = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # sums of exponentials
-        b_mean = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)  # sums of log-likelihoods
-        b_term = tl.zeros([BLOCK_B, BLOCK_K], dtype=DTYPE)
-        for i_k in range(0, K, BLOCK_K):
-            o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]  # [1, BLOCK_K]
-            mask = m_b & (o_k < K)
-            b_likelihood, b_added = log_weights(
-                p_log_likelihood, p_term, b_factor, o_k, o_b, mask, parts, K, B, stride_k, stride_b,
-                SPLIT, DTYPE,
-            )  # fmt: skip
-            b_mean += b_likelihood
-            b_term += b_added
-            if LOG_MEAN_EXP:
-                b_w = tl.where(mask, b_likelihood + b_added, float("-inf"))
-                b_max, b_rescale, b_exp = next_block(b_w, b_max)
-                b_sum = b_sum * b_rescale + b_exp
-        b_average = quotient(tl.sum(b_mean, axis=1, keep_dims=True), b_count)  # [BLOCK_B, 1]
-        if p_mean is not None:
-            tl.store(p_mean + o_b, b_average, mask=m_b)
-        if LOG_MEAN_EXP:
-            b_total = tl.sum(b_sum, axis=1, keep_dims=True)  # [BLOCK_B, 1]
-            b_max = tl.where(b_total == b_total, b_max, b_total)
-            b_bound = b_max + log(b_total) - log(b_count)
-            if p_weights is not None:
-                b_shift = finite_shift(b_max)
-                b_divisor = tl.where(b_total == 0, 1.0, b_total)
-                for i_k in range(0, K, BLOCK_K):
-                    o_k = (i_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
-                    mask = m_b & (o_k < K)
-                    b_likelihood, b_added = log_weights(
-                        p_log_likelihood, p_term, b_factor, o_k, o_b, mask, parts, K, B, stride_k, stride_b,
-                        SPLIT, DTYPE,
-                    )  # fmt: skip
-                    b_weight = quotient(exp(b_likelihood + b_added - b_shift), b_divisor)
-                    b_weight = tl.where((b_weight < TINY) | (b_total == 0), 0.0, b_weight)
-                    store(p_weights, o_k * B + o_b, b_weight, mask)
-        else:
-            b_bound = b_average + quotient(tl.sum(b_term, axis=1, keep_dims=True), b_count)
-        if BATCH == "none":
-            tl.store(p_bound + o_b, b_bound, mask=m_b)
-        else:
-            b_batch += tl.where(m_b, b_bound, 0.0)
-    if BATCH == "mean":
-        b_batch = quotient(b_batch, b_rows)
+    b_batch = reduce_rows(
+        p_log_likelihood, p_term, p_beta, p_bound, p_mean, p_weights, coefficient, parts, K, B,
+        tl.program_id(0) * blocks, blocks, stride_k, stride_b, stride_beta,
+        SPLIT, BATCH, UNIT, LOG_MEAN_EXP, "", TINY, DTYPE, BLOCK_K, BLOCK_B,
+    )  # fmt: skip
     if BATCH != "none":
-        tl.store(p_bound + tl.program_id(0), tl.sum(tl.sum(b_batch, axis=1), axis=0))
+        tl.store(p_bound + tl.program_id(0), b_batch)
 
 
 @triton.jit
@@ -218,6 +239,26 @@ def _stride(beta: torch.Tensor | None) -> int:
     return beta.stride(0) if beta is not None and beta.dim() else 0
 
 
+def bound_strides(term: torch.Tensor | None, beta: torch.Tensor | None) -> tuple[int, int, int]:
+    """Return the strides of a term, [K, B] or [B], and of beta."""
+    of_term = (0, 0) if term is None else strides(term, 2) if term.dim() == 2 else (0, term.stride(0))
+    return *of_term, _stride(beta)
+
+
+# A bound that a likelihood's last program computes: the most elements [K, B], as the others are done by then,
+# and those of a tile, as registers are few.
+LAST_SIZE, LAST_TILE = 1024, 256
+
+
+def bound_constants(dtype: torch.dtype, unit: float, k: int, b: int) -> dict[str, object]:
+    """Return the constants of :func:`reduce_rows` in a likelihood's launch."""
+    block_k, block_b = tile(k, b)
+    while block_k * block_b > LAST_TILE:
+        block_k, block_b = (block_k // 2, block_b) if block_k > block_b else (block_k, block_b // 2)
+    constants = _constants(dtype, unit, block_k, block_b)
+    return {"UNIT": unit, "TINY": constants["TINY"], "REDUCE_K": block_k, "REDUCE_B": block_b}
+
+
 def _constants(dtype: torch.dtype, unit: float, block_k: int, block_b: int) -> dict[str, object]:
     return {
         "UNIT": unit,
@@ -236,7 +277,6 @@ BATCH_SIZE = 4096
 def _reduce(log_likelihood, term, beta, unit, log_mean_exp, terms, batch) -> Call:
     *parts, k, b = log_likelihood.shape
     dtype = log_likelihood.dtype
-    stride_term = (0, 0) if term is None else strides(term, 2) if term.dim() == 2 else (0, term.stride(0))
     block_k, block_b = tile(k, b)
     all_blocks = cdiv(b, block_b)
     programs = all_blocks if batch == "none" else min(all_blocks, MAX_PARTS, cdiv(k * b, BATCH_SIZE))
@@ -250,7 +290,7 @@ def _reduce(log_likelihood, term, beta, unit, log_mean_exp, terms, batch) -> Cal
             Result((b,), dtype) if terms else None,
             Result((k, b), dtype) if log_mean_exp else None,
         ),
-        (*(parts or (1,)), k, b, blocks, *stride_term, _stride(beta)),
+        (*(parts or (1,)), k, b, blocks, *bound_strides(term, beta)),
         {
             "SPLIT": bool(parts),
             "BATCH": batch,

@@ -105,9 +105,16 @@ class Threads:
     """Threads of one program, which execute instructions."""
 
     def __init__(
-        self, count: int, memory: Memory, parameters: dict[str, int], place: tuple[int, ...], shared
+        self,
+        count: int,
+        memory: Memory,
+        parameters: dict[str, int],
+        place: tuple[int, ...],
+        grid: tuple[int, ...],
+        shared: int,
     ):
-        self.count, self.memory, self.parameters, self.place = count, memory, parameters, place
+        self.count, self.memory, self.parameters = count, memory, parameters
+        self.axes = {"ctaid": place, "nctaid": grid}
         self.registers: dict[str, np.ndarray] = {}
         self.shared = np.zeros(shared, np.uint8)
         self.local = np.zeros((count, 0), np.uint8)
@@ -163,7 +170,7 @@ class Threads:
             name, axis = operand[1:].split(".")
             if name == "tid":
                 return np.arange(self.count, dtype=U32).view(np.int32).astype(dtype)
-            return np.full(self.count, self.place["xyz".index(axis)], U32).astype(dtype)
+            return np.full(self.count, self.axes[name]["xyz".index(axis)], U32).astype(dtype)
         if operand.startswith("0f"):
             return np.full(self.count, int(operand[2:], 16), U32).view(F32)
         if operand.startswith("0d"):
@@ -250,6 +257,18 @@ class Threads:
                 )
             else:
                 self.memory.store(address + i * size, size, on, value)
+
+    def do_atom(self, op, operands, active):
+        """Add to an integer, one thread after the other; return what was there."""
+        assert op[1] == "global" and op[-2:] == ["add", "u32"], f"unknown instruction {'.'.join(op)}"
+        address, value, before = self.address(operands[1]), self.value(operands[2], U32), np.zeros(self.count)
+        every = np.ones(self.count, bool) if active is None else active
+        for i in np.nonzero(every)[0]:
+            on = np.arange(self.count) == i
+            old = self._bytes("global", address, 4, on).view(U32).reshape(-1)
+            self.memory.store(address, 4, on, (old + value).view(np.uint8).reshape(-1, 4))
+            before[i] = old[i]
+        self.put(operands[0], before.astype(U32), active)
 
     def _matrix_rows(self, operand: str, count: int) -> np.ndarray:
         """Return shared addresses [warps, count, 8 rows]: threads 8 i to 8 i + 7 have those of matrix i."""
@@ -543,6 +562,12 @@ class Memory:
             data[(address[on] - first)[:, None] + np.arange(size)] = value[on]
 
 
+def in_any_order(grid: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return a grid's places in an order that no kernel may depend on."""
+    places = list(np.ndindex(*grid))
+    return [places[i] for i in np.random.default_rng(len(places)).permutation(len(places))]
+
+
 @contextlib.contextmanager
 def emulated(target: str = "sm_90") -> Iterator[list[str]]:
     """Make launches compile their kernels and run the PTX on CPU tensors; yield the list of kernels run."""
@@ -564,8 +589,9 @@ def emulated(target: str = "sm_90") -> Iterator[list[str]]:
         parameters = dict(zip(program.parameters, numbers, strict=True))
         memory = Memory([v for v in values if isinstance(v, torch.Tensor)])
         with np.errstate(all="ignore"):
-            for place in np.ndindex(*(*grid, 1, 1)[:3]):
-                threads = Threads(32 * options["num_warps"], memory, parameters, place, shared)
+            grid = (*grid, 1, 1)[:3]
+            for place in in_any_order(grid):
+                threads = Threads(32 * options["num_warps"], memory, parameters, place, grid, shared)
                 threads.run(program)
         ran.append(self.__name__)
 

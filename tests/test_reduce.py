@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastvae
 from fastvae import ops
+from fastvae.core import backend as _backend
 from fastvae.likelihoods import Bernoulli, Gaussian
 from fastvae.ops.reduce import BoundReduction
 from fastvae.ops.reduce import reduce as fused
@@ -108,18 +109,19 @@ def _run(case):
     return [bound, *([mean] if case["terms"] else []), *found]
 
 
+def _spread(x, parameters):
+    """Return the parameters as [K, B, X], or as [1, 1, X] and [1, 1, 1] those that do not vary by row."""
+    return [p.unflatten(0, (-1, len(x))) if p.dim() == 2 else p.reshape(1, 1, -1) for p in parameters]
+
+
 def results(case):
     """Return (name, actual, None, expected) for every result of a case, for assert_accurate."""
     actual = _run(case)
-    x, parameters, batch = case["x"], case["parameters"], len(case["x"])
-    first = parameters[0].unflatten(0, (-1, batch))
-    spread = [first] + [
-        p.unflatten(0, (-1, batch)) if p.dim() == 2 else p.reshape(1, 1, -1) for p in parameters[1:]
-    ]
+    x, parameters = case["x"], case["parameters"]
     values, grads = formulas.reduce(
         case["likelihood"],
         x,
-        spread,
+        _spread(x, parameters),
         case["term"],
         case["beta"],
         case["how"],
@@ -144,6 +146,71 @@ def results(case):
 def test_reduce(backend, case):
     for result in results(case):
         assert_accurate(*result)
+
+
+def _at_once(likelihood, x, parameters, term, beta, how, counter):
+    """Return the bound and weights of rows by one launch of Triton, None where two are better."""
+    engine, declared = _backend.layer("triton", "likelihood"), registered.DECLARED[likelihood]
+    return engine.log_prob_bound(declared, x, _spread(x, parameters), term, beta, how, counter)
+
+
+@given(case=cases())
+def test_rows_and_bound_by_one_launch(case):
+    """The last program reduces all rows, and leaves the counter at zero for the next launch."""
+    x, parameters, term, beta = (case[name] for name in ("x", "parameters", "term", "beta"))
+    values, _ = formulas.reduce(
+        case["likelihood"],
+        x,
+        _spread(x, parameters),
+        term,
+        beta,
+        case["how"],
+        case["grad"],
+        case["grad_mean"],
+    )
+    counter, how = torch.zeros(1, dtype=torch.int32, device=DEVICE), BoundReduction(*case["how"])
+    first, again = (_at_once(case["likelihood"], x, parameters, term, beta, how, counter) for _ in range(2))
+    if len(parameters[0]) > 1024:
+        assert first is again is None
+        return
+    assert counter.item() == 0
+    assert_accurate("bound", first[0], None, values[0])
+    assert torch.equal(first[0].nan_to_num(), again[0].nan_to_num())
+
+
+@pytest.mark.parametrize("over", ["mean", "log_mean_exp"])
+def test_parts_of_rows_and_their_bound_by_one_launch(over):
+    """Several programs share a row, and the last one reduces several tiles."""
+    k, b, size = 7, 60, 1300
+    how = BoundReduction(-0.5, over, "sum")
+    x, logits, term = rand(b, size, seed=1), randn(k * b, size, seed=2), randn(k, b, seed=3)
+    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    bound, weights = _at_once("bernoulli", x, [logits], term, None, how, counter)
+    log_w = ops.bernoulli_log_prob(x, logits.unflatten(0, (k, b))).double() - 0.5 * term
+    expected = torch.logsumexp(log_w, 0) - math.log(k) if over == "log_mean_exp" else log_w.mean(0)
+    torch.testing.assert_close(bound.double(), expected.sum(), rtol=1e-6, atol=0)
+    if over == "log_mean_exp":
+        # A log-likelihood of some 1000 is rounded to 6e-5.
+        torch.testing.assert_close(weights.double(), torch.softmax(log_w, 0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sizes, how",
+    [
+        ((5, 300, 3), {}),
+        ((2, 2, 600_000), {}),
+        ((512, 2, 3000), {}),
+        ((4, 3, 7), {"alpha": 0.5}),
+        ((4, 3, 7), {"groups": 2}),
+        ((4, 3, 7), {"share": 0.5}),
+    ],
+)
+def test_large_and_general_bounds_take_two_launches(sizes, how):
+    k, b, size = sizes
+    how = BoundReduction(1.0, "log_mean_exp", "mean", **how)
+    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    x, logits = torch.zeros(b, size, device=DEVICE), torch.zeros(k * b, size, device=DEVICE)
+    assert _at_once("bernoulli", x, [logits], None, None, how, counter) is None
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])

@@ -135,6 +135,27 @@ def of_bounds(engine, declared, grad, x, mask, given, label) -> Iterator:
         )
 
 
+def with_bounds(engine, declared, dtype) -> Iterator:
+    """Yield the launches of rows and their bound."""
+    from fastvae.ops.reduce import BoundReduction
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    counter = tensor(1, dtype=torch.int32)
+    for k, b, x in ((5, 128, 784), (1, 128, 784), (1, 2, 12288)):
+        data, given = tensor(b, x), [tensor(k, b, x, dtype=dtype) for _ in declared.outputs]
+        for over, term, beta in (
+            ("log_mean_exp", tensor(k, b, dtype=wide), None),
+            ("mean", tensor(b, dtype=wide), tensor(b, dtype=wide)),
+        ):
+            how = BoundReduction(-0.5 if beta is None else 1.0, over, "mean" if beta is None else "none")
+            yield (
+                f"{declared.name} and its bound {str(dtype)[6:]} [{k}, {b}, {x}], {over}",
+                lambda d=data, g=given, t=term, b=beta, h=how: engine.log_prob_bound(
+                    declared, d, g, t, b, h, counter
+                ),
+            )
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield a label and a call for every kernel, in the relevant configurations: dtypes, flags, shapes."""
     from fastvae.kernels import likelihood, logsumexp, normal_diagonal, random, reduce
@@ -228,6 +249,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         for dtype in (f32, bf16, f64) if common else (f32,):
             needs = sorted({False, common and declared.differentiable})
             yield from of_likelihood(likelihood, declared, dtype, size, size, needs, masked=True)
+        for dtype in (f32, bf16, f64) if common else (f32,):
+            yield from with_bounds(likelihood, declared, dtype)
     yield from softmax_launches((f32, bf16, f64))
     yield from components_launches((f32, bf16, f64))
     yield from mixture_launches((f32, f64))
@@ -600,10 +623,10 @@ def _settle_keys() -> None:
         normal_diagonal_backward,
         normal_diagonal,
         *twins,
-        likelihood_flat,
-        likelihood,
         logsumexp,
         reduce,
+        likelihood_flat,
+        likelihood,
     ):
         for value in vars(module).values():
             if hasattr(value, "cache_key"):

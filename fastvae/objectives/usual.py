@@ -68,7 +68,7 @@ def usual_bound(
     if x.requires_grad and not known.differentiable:
         return None
     mu, logvar = pair
-    z, term = direct_draw(mu, logvar, draw_seed(mu.device, generator), k, estimator)
+    z, term, counter = direct_draw(mu, logvar, draw_seed(mu.device, generator), k, estimator)
     try:
         output = decoder(z)
     except Exception as error:
@@ -83,7 +83,7 @@ def usual_bound(
     if x.dim() > 2:
         # The likelihood's own numbers and rows stay as they are.
         x, parameters = x.flatten(1), tuple([p if p.dim() < 2 else p.flatten(1) for p in parameters])
-    return direct_reduce(known.name, x, parameters, term, how)
+    return direct_reduce(known.name, x, parameters, term, how, counter)
 
 
 def _pair(x: Any, q: Any) -> tuple[Tensor, Tensor] | None:

@@ -228,14 +228,19 @@ def flat_log_ratio(
 
 def direct_draw(
     mu: Tensor, logvar: Tensor, seed: Tensor, samples: int, estimator: str | None
-) -> tuple[Tensor, Tensor]:
-    """Return :func:`flat_log_ratio`, or :func:`flat_kl` without an estimator, by :meth:`Op.direct`."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return :func:`flat_log_ratio`, or :func:`flat_kl` without an estimator, by :meth:`Op.direct`.
+
+    The third result, on a GPU, is a counter for :func:`fastvae.ops.reduce.direct_reduce`.
+    """
     draw = _ONE_DRAW if samples == 1 else Draw(samples, 0, 0, -math.inf, math.inf, True)
     wanted = (mu.requires_grad or logvar.requires_grad) and torch.is_grad_enabled()
     if estimator is None:
-        return _rsample_kl.direct(wanted, mu, logvar, None, None, seed, draw, False)[:2]
-    options = estimator, 0.0, 1, False
-    return _rsample_log_ratio.direct(wanted, mu, logvar, None, None, seed, draw, *options)[:2]
+        z, term, kept = _rsample_kl.direct(wanted, mu, logvar, None, None, seed, draw, False)
+    else:
+        options = estimator, 0.0, 1, False
+        z, term, _, kept = _rsample_log_ratio.direct(wanted, mu, logvar, None, None, seed, draw, *options)
+    return z, term, None if mu.is_cpu else kept
 
 
 _ONE_DRAW = Draw(1, 0, 0, -math.inf, math.inf, True)
@@ -268,11 +273,12 @@ def stacked(grad_z, mu, draw):
     return grad_z.reshape(draw.samples, *mu.shape)
 
 
-def _composed_draw(function, mu, logvar, prior_mu, prior_logvar, seed, draw, option, keep):
+def _composed_draw(backend, function, mu, logvar, prior_mu, prior_logvar, seed, draw, option, keep):
     """Call the reference or Triton, whose z is [K, B, D] and which regenerate noise in the backward pass."""
-    z, second = function(mu, logvar, prior_mu, prior_logvar, seed, draw, option)
-    slope = _slope(mu, logvar, seed, draw) if keep else None
-    return in_shape(z, shape_of_z(mu, draw)), second, slope
+    counts = (True,) if keep and backend == "triton" and not mu.is_cpu else ()
+    z, second, *kept = function(mu, logvar, prior_mu, prior_logvar, seed, draw, option, *counts)
+    slope = _slope(mu, logvar, seed, draw) if keep and mu.is_cpu else None
+    return in_shape(z, shape_of_z(mu, draw)), second, kept[0] if counts else slope
 
 
 def _check_inputs(contract, mu, logvar, prior_mu, prior_logvar, seed, draw):
@@ -290,7 +296,11 @@ def _is_fusable(mu, logvar, prior_mu, prior_logvar, seed, draw):
 
 
 class _Draw(Op):
-    """Op whose last result is the slope of the noise, kept for the backward pass."""
+    """Op whose last result is kept for later ops.
+
+    On a CPU it is the slope of the noise, for the backward pass; on a GPU a counter at zero, for the op that
+    computes the bound (:meth:`Op.direct` alone requests it).
+    """
 
     module = "normal_diagonal"
     record = Draw
@@ -304,10 +314,11 @@ class _Draw(Op):
 
     def forward(self, run, ctx, mu, logvar, prior_mu, prior_logvar, seed, draw, *options):
         results = run(mu, logvar, prior_mu, prior_logvar, seed, draw, *options)
-        slope = results[-1]
+        kept = results[-1]
         ctx.set_materialize_grads(False)
-        if slope is not None:
-            ctx.mark_non_differentiable(slope)
+        if kept is not None:
+            ctx.mark_non_differentiable(kept)
+        slope = kept if mu.is_cpu else None
         ctx.save_for_backward(slope, mu, logvar, prior_mu, prior_logvar, seed)
         ctx.draw, ctx.options = draw, options
         return results
@@ -390,7 +401,7 @@ class _RsampleKL(_Draw):
     native = staticmethod(_backend.native(name))
 
     def composed(self, backend):
-        return functools.partial(_composed_draw, super().composed(backend))
+        return functools.partial(_composed_draw, backend, super().composed(backend))
 
     def fake(self, mu, logvar, prior_mu, prior_logvar, seed, draw, per_dimension, keep):
         kl = mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=accumulator(mu.dtype))
@@ -444,8 +455,8 @@ class _RsampleLogRatio(_Draw):
 
         def draw(mu, *rest):
             *rest, _, _, paths, keep = rest  # type: ignore[assignment]
-            z, log_ratio, slope = _composed_draw(function, mu, *rest, keep)  # type: ignore[call-arg]
-            return z, log_ratio, torch.zeros_like(log_ratio) if paths else None, slope
+            z, log_ratio, kept = _composed_draw(backend, function, mu, *rest, keep)  # type: ignore[call-arg]
+            return z, log_ratio, torch.zeros_like(log_ratio) if paths else None, kept
 
         return draw
 

@@ -61,7 +61,7 @@ class Op:
         shown: the number of results that a caller gets; the others are for the gradient.
         replays: its launches on a GPU depend on its arguments alone, so that the C++ may repeat them.
         takes_keep: the op has a last argument, which callers omit: whether to keep a tensor for the backward
-            pass of the C++.
+            pass of the C++, or by :meth:`direct` on a GPU for the next op.
         gradient: the op that computes this op's gradients; without it, differentiation raises.
     """
 
@@ -115,7 +115,7 @@ class Op:
         self._fields = len(self.record._fields) if self.record else 0
         self._by_backend = functools.cache(self._implementation)
         REGISTERED[self.name] = self
-        self._gpu = self._replayed()
+        self._gpu = self._replayed(self._on_gpu, letters_of(self.schema) if self.replays else None)
         self._formulas = self._dispatched(self._checked_formulas)
         self._registered = self._register("")
         self._kernel = self._register(_KERNEL)
@@ -160,7 +160,7 @@ class Op:
         """
         function, node, native = self._ways[ON_CPU if args[0].is_cpu else ON_GPU, "native"]
         if self.takes_keep:
-            args = (*args, wanted and native)
+            args = (*args, wanted if native else True)
         return node.apply(*args) if wanted else function(*args)
 
     def _register(self, overload: str) -> Any:
@@ -191,26 +191,25 @@ class Op:
         device = next(a.device for a in args if a is not None)
         return _backend.on_device(device, self._by_backend(_backend.on_gpu(device)), args)
 
-    def _replayed(self) -> Callable:
-        """Return the op on GPU tensors: in C++, which replays the launches that Python plans."""
-        types = _letters(self.schema) if self.replays else None
+    def _replayed(self, function: Callable, types: str | None) -> Callable:
+        """Return a function of GPU tensors in C++, which replays the launches that Python plans."""
         try:
             replayed = _backend.extension().replayed
         except (
             RuntimeError,
             AttributeError,
         ):  # left out, or missing by accident, which the first call reports
-            return self._on_gpu
+            return function
         if types is None:
-            return self._on_gpu
+            return function
 
         def planned(*args):
             device = next(a.device for a in args if a is not None)
             if _backend.on_gpu(device) != "triton" or not watches_launches():
-                return self._on_gpu(*args), None
-            return _backend.layer("triton", "recording").record(self._on_gpu, args, types)
+                return function(*args), None
+            return _backend.layer("triton", "recording").record(function, args, types)
 
-        return replayed(self.name, types, planned, self._on_gpu)
+        return replayed(self.name, types, planned, function)
 
     def _replayed_by_dispatcher(self, name: str, registered: Any, in_python: Callable) -> bool:
         """Register the C++ for GPU tensors, and return whether that succeeded."""
@@ -372,7 +371,7 @@ def _types(registered: Any) -> list[str]:
     return [str(a.real_type if str(a.type) == "int" else a.type) for a in registered._schema.arguments]
 
 
-def _letters(schema: str) -> str | None:
+def letters_of(schema: str) -> str | None:
     """Return the letters of a schema's arguments for the C++ that replays launches."""
     letters = []
     for argument in schema.partition("->")[0].strip(" ()").split(", "):

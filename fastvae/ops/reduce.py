@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from ..core import backend as _backend
+from ..core.fast_path import ON_GPU
 from ..core.torch_private import any_requires_grad
 from ._contract import Contract
 from .likelihood import Declaration, refuse, result_dtype
-from .op import FEW_ROWS, Op, are_few, or_none
+from .op import FEW_ROWS, Op, are_few, letters_of, or_none
 
 
 class BoundReduction(NamedTuple):
@@ -107,11 +108,23 @@ def reduce(
 
 
 def direct_reduce(
-    likelihood: str, x: Tensor, parameters: tuple[Tensor, ...], term: Tensor, how: BoundReduction
+    likelihood: str,
+    x: Tensor,
+    parameters: tuple[Tensor, ...],
+    term: Tensor,
+    how: BoundReduction,
+    counter: Tensor | None,
 ) -> Tensor:
-    """Return the bound of :func:`reduce` by :meth:`Op.direct`."""
+    """Return the bound of :func:`reduce` by :meth:`Op.direct`.
+
+    With a counter, [1] int32 on a GPU, zero before and after, rows and bound of a small batch are one launch.
+    """
     wanted = torch.is_grad_enabled() and any_requires_grad(x, term, *parameters)
-    bound: Tensor = _reduce[likelihood].direct(wanted, x, None, *parameters, term, None, how, False)[0]
+    op, args = _reduce[likelihood], (x, None, *parameters, term, None, how, False)
+    if counter is None:
+        return op.direct(wanted, *args)[0]
+    function, node = op.counted
+    bound: Tensor = (node.apply if wanted else function)(*args, counter)[0]
     return bound
 
 
@@ -184,6 +197,9 @@ class _Reduce(Op):
         self.gradient = _ReduceBackward(likelihood, inputs)
         self.native = functools.partial(_backend.native("reduce"), likelihood.name, self._not_native)
         super().__init__()
+        # A function of the arguments and a counter, and the autograd node that calls it.
+        counted = self._replayed(self._counted_on_gpu, f"{letters_of(self.schema)}t")
+        self.counted: tuple[Callable[..., Any], Any] = counted, self._native_node(counted, ON_GPU)
 
     def _not_native(self, *args):
         """Handle calls that the C++ does not: an empty sum, or x out of range, which raises."""
@@ -204,6 +220,21 @@ class _Reduce(Op):
 
         return function
 
+    def _counted_on_gpu(self, *args):
+        return _backend.on_device(args[0].device, self._counted, args)
+
+    def _counted(self, x, mask, *rest):
+        """Compute rows and bound by one launch where that applies."""
+        parameters, (term, beta, how, terms, counter) = rest[: self.number], rest[self.number :]
+        at_once = _backend.layer("triton", "likelihood").log_prob_bound
+        found = None
+        if mask is None and not terms:
+            found = at_once(self.likelihood, x, _with_samples(x, parameters), term, beta, how, counter)
+        if found is None:
+            return self._by_backend("triton")(x, mask, *rest[:-1])
+        bound, weights = found
+        return bound, None, weights
+
     def check(self, x, mask, *rest):
         _check_inputs(self.contract, self.number, x, mask, rest)
 
@@ -221,7 +252,7 @@ class _Reduce(Op):
 
     def forward(self, run, ctx, *args):
         bound, mean, weights = run(*args)
-        *tensors, how, _ = args
+        tensors, how = args[: self._tensors], args[self._tensors]  # and a counter may end the arguments
         ctx.set_materialize_grads(False)
         if how.over == "log_mean_exp":
             ctx.mark_non_differentiable(*((weights,) if mean is None else (mean, weights)))
@@ -237,7 +268,7 @@ class _Reduce(Op):
         if grad_bound is not None:
             grad_mean = or_none(grad_mean)
         grad_x, *grads = run(grad_bound, grad_mean, or_none(weights), *inputs, ctx.how, need)
-        return grad_x, None, *grads, None, None, None
+        return grad_x, None, *grads, *[None] * (len(ctx.needs_input_grad) - self.number - 3)
 
 
 class _ReduceBackward(Op):

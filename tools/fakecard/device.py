@@ -83,8 +83,8 @@ def emulate(launch: control.Launch, parameters: list[bytes]) -> None:
     given = dict(zip(program.parameters, numbers, strict=True))
     x, y, z = launch.grid
     with np.errstate(all="ignore"):
-        for place in np.ndindex(z, y, x):
-            ptx.Threads(launch.threads, Memory(), given, place[::-1], launch.shared).run(program)
+        for place in ptx.in_any_order((x, y, z)):
+            ptx.Threads(launch.threads, Memory(), given, place, (x, y, z), launch.shared).run(program)
 
 
 @functools.cache
