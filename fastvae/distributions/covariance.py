@@ -16,6 +16,7 @@ from ..core.special import expm1_minus, log1p_rest
 from ..ops.op import accumulator
 from .base import Distribution, Located, hold, is_family, is_still
 from .closed_form import register_kl
+from .draws import Drawable
 from .normal import DiagonalNormal, StandardNormal
 from .words import check_latents
 
@@ -211,7 +212,7 @@ def triangular_solve(scale: Tensor, delta: Tensor, upper: bool = False) -> Tenso
     return solved.movedim(-1, 0)
 
 
-class LowRankNormal(_Correlated):
+class LowRankNormal(Drawable, _Correlated):
     r"""Normal distribution N(mu, diag exp(logvar) + F Fᵀ): a diagonal plus rank-R covariance.
 
     With :math:`W = e^{-\mathrm{logvar}/2} F`, :math:`w = e^{-\mathrm{logvar}/2} (z - μ)`, the Cholesky
@@ -272,6 +273,14 @@ class LowRankNormal(_Correlated):
         own, common = self._split(eps)
         z: Tensor = mu + torch.exp(0.5 * logvar) * own + rows_times(common, factor.mT)
         return z
+
+    def draw(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
+        place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
+        if not is_still(self, LowRankNormal):
+            return self.rsample_log_prob(samples, seed, **place)[0]
+        dtype = self.wide()[0].dtype
+        eps = random.normal(seed, samples, self.batch, self._normals(), dtype=dtype, **place)
+        return self._draw(eps).to(self.mu.dtype)
 
     def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
@@ -396,8 +405,9 @@ def _kl_roots(q: DiagonalNormal | FullNormal | LowRankNormal, p: FullNormal | Lo
     white = torch.linalg.solve_triangular(prior_scale, scale, upper=False)
     move = torch.linalg.solve_triangular(prior_scale, (mu - prior_mu)[..., None], upper=False)[..., 0]
     cross = torch.tril(white, -1).square().sum(-1)
-    kl: Tensor = 0.5 * (expm1_minus(2 * (logs - prior_logs)) + cross + move.square()).sum(-1)
-    return kl.to(torch.promote_types(q.wide()[0].dtype, p.wide()[0].dtype))
+    dtype = torch.promote_types(q.wide()[0].dtype, p.wide()[0].dtype)
+    kl: Tensor = 0.5 * (expm1_minus(2 * (logs - prior_logs), dtype) + cross + move.square()).sum(-1)
+    return kl.to(dtype)
 
 
 @register_kl(LowRankNormal, StandardNormal)
@@ -406,6 +416,7 @@ def _kl_low_rank(q: LowRankNormal, p: StandardNormal | DiagonalNormal) -> Tensor
     given = q.wide()
     mu, logvar, factor = (t.to(torch.float64) for t in given)
     prior = _of_prior(p, given[0])
+    dtype = torch.promote_types(given[0].dtype, prior[0].dtype)
     prior_mu, prior_logvar = (t.to(torch.float64) for t in prior)
     inverse = torch.exp(-0.5 * prior_logvar)
     white, root = q._capacitance(logvar, factor)
@@ -415,7 +426,7 @@ def _kl_low_rank(q: LowRankNormal, p: StandardNormal | DiagonalNormal) -> Tensor
     # t is ‖W‖² less the squares left of C's diagonal.
     size, left = white.square().sum(-2), torch.tril(root, -1).square().sum(-1)
     more = (torch.expm1(u)[..., None] * white.square()).sum(-2)
-    small = more + left + log1p_rest((size - left).clamp(0, 1))
+    small = more + left + log1p_rest((size - left).clamp(0, 1), dtype)
     large = (factor * inverse[..., None]).square().sum(-2) - 2 * root.diagonal(dim1=-2, dim2=-1).log()
-    kl: Tensor = (expm1_minus(u) + move.square()).sum(-1) + torch.where(size < 1, small, large).sum(-1)
-    return (0.5 * kl).to(torch.promote_types(given[0].dtype, prior[0].dtype))
+    kl: Tensor = (expm1_minus(u, dtype) + move.square()).sum(-1) + torch.where(size < 1, small, large).sum(-1)
+    return (0.5 * kl).to(dtype)

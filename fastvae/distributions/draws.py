@@ -61,7 +61,7 @@ def draw_kl(
     kl = closed_kl(q, p)
     if kl is None:
         return None
-    z, _ = rsample_log_prob(q, samples, seed, row_offset=row_offset)
+    z = draw_z(q, samples, seed, 0, row_offset)
     names = f"KL of {describe(q)} and {describe(p)}"
     shapes = (q.batch,), (q.batch, z.shape[2])
     if not isinstance(kl, Tensor) or kl.shape not in shapes:
