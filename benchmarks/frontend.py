@@ -11,7 +11,9 @@ measures the host's work for one: the processor's time of all threads, while ker
 from __future__ import annotations
 
 import argparse
+import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -203,6 +205,8 @@ def measure(
 ) -> dict[str, list[float]]:
     """Return microseconds of each run in each round, minus the median of the link, if it is among them.
 
+    Rounds run in a random order, each after an uncounted call, without garbage collection.
+
     Args:
         runs: name → function to measure.
         rounds: number of rounds.
@@ -214,14 +218,23 @@ def measure(
         for _ in range(20):
             run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            wait()
-            before = clock()
-            for _ in range(calls):
+    order, shuffled = list(runs.items()), random.Random(0)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            # What runs before a round leaves caches, and objects to free, to it.
+            shuffled.shuffle(order)
+            for name, run in order:
                 run()
-            wait()
-            times[name].append((clock() - before) / (1e3 * calls))
+                wait()
+                before = clock()
+                for _ in range(calls):
+                    run()
+                wait()
+                times[name].append((clock() - before) / (1e3 * calls))
+    finally:
+        gc.enable()
     link = statistics.median(times.pop("link", [0]))
     return {name: [t - link for t in values] for name, values in times.items()}
 
