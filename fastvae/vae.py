@@ -216,7 +216,7 @@ class VAE(nn.Module):
             x = each(lambda t: t.to(dtype) if t.dtype in INTEGERS else t, x)
         q = as_posterior(called("encoder", self.encoder, x, context))
         if self.latent_dim is None or self._checks_latent_dim:
-            found = q.latent or (None if (mean := known_mean(q)) is None else mean.shape[1])
+            found = q.latent or q.known_dim
             if self.latent_dim is None:
                 self.latent_dim = found
             elif found is not None:

@@ -552,6 +552,31 @@ def test_networks_run_once_per_draw():
         assert sorted(calls) == [("p2", K * B), ("q1", B), ("q2", B)]
 
 
+@pytest.mark.parametrize("wrap", [lambda q: q, lambda q: fastvae.distributions.Mixture([q])])
+def test_the_number_of_latents_is_known_without_a_run(wrap):
+    """A posterior names D without running its networks, and so do a VAE and the sleep phase."""
+    calls = []
+
+    class Counted(nn.Linear):
+        def forward(self, x):
+            calls.append(1)
+            return super().forward(x)
+
+    hierarchy = Hierarchy([Level(D1, Counted(X, 2 * D1))]).to(DEVICE)
+    assert wrap(hierarchy(data().float())).known_dim == D1 and not calls
+    decoder = nn.Linear(D1, X).to(DEVICE)
+    encoder = Module(lambda own, x: wrap(own.hierarchy(x)))
+    encoder.hierarchy = hierarchy
+    vae = fastvae.VAE(encoder, decoder, likelihood=LIKELIHOOD, latent_dim=D1)
+    vae.posterior(data().float())
+    assert not calls
+    fastvae.sleep(encoder, decoder, B, latent_dim=D1, likelihood=Gaussian(scale=0.7))
+    assert len(calls) == 1
+    vae.latent_dim = D1 + 1
+    with pytest.raises(ValueError, match="latent_dim"):
+        vae.posterior(data().float())
+
+
 def test_samples_follow_the_prior():
     """Samples have the exact model's mean and covariance."""
     model = TwoLevels()

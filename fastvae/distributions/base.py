@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ..core.checks import check_count
 from ..random import draw_seed
 from .tensors import Holder, mapped, tensors_of
-from .words import Moment, no_closed_form
+from .words import Moment, known_mean, no_closed_form
 
 # Where fastvae's own families are.
 _OWN = "fastvae.distributions."
@@ -185,6 +185,12 @@ class Distribution(Holder):
     def has_rows(self) -> bool:
         """True if it has one distribution per example, as a posterior has."""
         return hasattr(self, "batch") and hasattr(self, "device")
+
+    @property
+    def known_dim(self) -> int | None:
+        """Number of latents D, or None if the family cannot name it without a draw."""
+        mean = known_mean(self)
+        return None if mean is None or not mean.dim() else mean.shape[-1]
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the log density at z, summed over D: [K, B], in nats.

@@ -251,6 +251,10 @@ class HierarchicalPosterior(Distribution):
         return True  # the levels' modules are the user's
 
     @property
+    def known_dim(self) -> int:
+        return self.hierarchy.dim  # the mean would run the networks
+
+    @property
     def mean(self) -> Tensor:
         def visit(index: int, level: Level, state: Any) -> Tensor:
             step, dtype = self._step(index, state, 1)

@@ -125,6 +125,11 @@ class Mixture(Distribution):
         return any(c.reaches_others for c in self.components)
 
     @property
+    def known_dim(self) -> int | None:
+        known = (c.known_dim for c in self.components)
+        return next((dim for dim in known if dim is not None), None)
+
+    @property
     def mean(self) -> Tensor:
         return self._mixed([c.mean for c in self.components])
 

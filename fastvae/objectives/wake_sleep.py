@@ -16,7 +16,6 @@ from ..core.options import REDUCTIONS, Reduction
 from ..distributions import as_posterior, as_prior
 from ..distributions.draws import describe, draw_prior
 from ..distributions.spatial import flat_prior
-from ..distributions.words import known_mean
 from ..estimation.evaluation.data import place_of
 from ..inputs.modules import check_modules
 from ..likelihoods.base import Likelihood
@@ -98,10 +97,9 @@ def sleep(
     q = as_posterior(called("encoder", encoder, x, context))
     if q.batch != n:
         raise ValueError(f"the encoder returned a q of {q.batch} rows for x of n = {n} rows")
-    mean = known_mean(q)
-    if mean is not None and mean.shape[-1] != z.shape[1]:
+    if q.known_dim not in (None, z.shape[1]):
         raise ValueError(
-            f"q, {describe(q)}, has D = {mean.shape[-1]} latents, but latent_dim={latent_dim!r} is "
+            f"q, {describe(q)}, has D = {q.known_dim} latents, but latent_dim={latent_dim!r} is "
             f"{z.shape[1]}; expected as many"
         )
     log_q = q.log_prob(z[None])[0]
