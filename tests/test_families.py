@@ -39,7 +39,7 @@ from fastvae.distributions import (
 from fastvae.distributions.closed_form import closed_kl
 from fastvae.distributions.draws import draw_chunk, draw_prior
 from fastvae.distributions.stratified import StratifiedMixture
-from fastvae.distributions.tensors import frozen
+from fastvae.distributions.tensors import frozen, mapped
 from fastvae.likelihoods import Gaussian
 
 from .conftest import DEVICE
@@ -768,6 +768,51 @@ def test_a_kl_of_close_distributions_is_accurate(name, off):
         # torch's formula in float64 has an absolute error of some roundings of 1.
         bound = (roundings + 1) * torch.finfo(torch.float32).eps / 2 * exact.abs() + 1e-13
         assert found.dtype == torch.float32 and bool(((found.double() - exact).abs() <= bound).all())
+
+
+LOCATED = {
+    "normal": lambda loc, scale: DiagonalNormal(loc, 2 * scale.log()),
+    "laplace": lambda loc, scale: Laplace(loc, scale.log()),
+    "gumbel": lambda loc, scale: Gumbel(loc, scale.log()),
+    "full": lambda loc, scale: FullNormal.of(loc, torch.diag_embed(scale)),
+    "torch laplace": td.Laplace,
+    "torch gumbel": td.Gumbel,
+    "uniform": lambda loc, scale: td.Uniform(loc, loc + scale),
+    "gamma": lambda loc, scale: td.Gamma((loc / scale).square(), loc / scale.square()),
+}
+
+
+@pytest.mark.parametrize("loc, scale", [(0.3, 1.1), (20.0, 0.01), (1.0, 0.001)])
+@pytest.mark.parametrize("p", ["normal", "laplace", "gumbel", "torch gumbel", "gamma"])
+@pytest.mark.parametrize("q", LOCATED)
+def test_a_kl_to_a_narrow_prior_far_from_zero_is_accurate(q, p, loc, scale):
+    """In float32 nothing cancels: the KL is that of the same parameters in float64."""
+    of_q = LOCATED[q]((loc + scale * randn(B, D, seed=1)).abs(), scale * randn(B, D, seed=2).exp())
+    of_p = LOCATED[p](zeros(D) + loc, zeros(D) + scale)
+    pair = as_posterior(of_q), as_prior(of_p)
+    single = closed_kl(*pair)
+    exact = closed_kl(*(mapped(d, torch.Tensor.double) for d in pair))
+    if single is None or not bool(exact.isfinite().all()):
+        pytest.skip("no closed form, or none of torch's without an overflow")
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), exact, rtol=3e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prior", [None, 3.0])
+@pytest.mark.parametrize("q, p", [("laplace", "normal"), ("gumbel", "normal"), ("normal", "gumbel")])
+def test_closed_forms_of_location_scale_families_equal_torch(q, p, prior):
+    """Values and gradients equal torch's formulas, whose cancellation float64 leaves no trace of."""
+    leaves = [randn(B, D, seed=1), randn(B, D, seed=2), randn(D, seed=3), randn(D, seed=4)]
+    leaves = [t.double().requires_grad_() for t in leaves]
+    one, other = LOCATED[q](leaves[0], leaves[1].exp()), LOCATED[p](leaves[2], leaves[3].exp())
+    if prior is None and p == "normal":
+        other, leaves = StandardNormal(), leaves[:2]
+    found, expected = closed_kl(one, other), td.kl_divergence(one.as_torch(), other.as_torch())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for a, b in zip(
+        *(torch.autograd.grad(kl.sum(), leaves, retain_graph=True) for kl in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_free_bits_of_a_full_covariance():

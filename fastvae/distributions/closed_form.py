@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import distributions as td
 
 from ..core.special import expm1_minus
 from .base import Distribution, is_still
-from .location_scale import EULER, Exponential, Gumbel, Laplace, LocationScale, LogNormal
-from .wrapped import univariate
+from .location_scale import EULER, Exponential, Gumbel, Laplace, LogNormal
+from .tensors import tensors_of
+from .wrapped import ELEMENTWISE, in_double, univariate
 
 _Closed = Callable[[Any, Any], Tensor]
+_LocLogScale = tuple[Tensor, Tensor]
 _closed: dict[tuple[type, type], _Closed] = {}
 
 
@@ -67,6 +70,24 @@ def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
     one, other = q.as_torch(), p.as_torch()
     if one is None or other is None:
         return None
+    base, other_base = univariate(one), univariate(other)
+    if type(base) in ELEMENTWISE and type(other_base) in ELEMENTWISE:
+        # Torch expands squares of differences, which cancel for a narrow prior far from 0.
+        dtype = _dtype_of(base, other_base)
+        wide = _by_torch(in_double(one), in_double(other))
+        return None if wide is None else wide.to(dtype)
+    return _by_torch(one, other)
+
+
+def _dtype_of(q: td.Distribution, p: td.Distribution) -> torch.dtype:
+    """Return the dtype that torch's promotion gives to a function of both distributions' parameters."""
+    parameters = [t for t in (*tensors_of(q), *tensors_of(p)) if t.is_floating_point()]
+    with_axes = [t.dtype for t in parameters if t.dim()]
+    return functools.reduce(torch.promote_types, with_axes or [t.dtype for t in parameters])
+
+
+def _by_torch(one: td.Distribution, other: td.Distribution) -> Tensor | None:
+    """Return the KL of torch's registry, or None if it has none."""
     try:
         return td.kl_divergence(one, other)
     except NotImplementedError:
@@ -82,12 +103,16 @@ def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
         return None
 
 
-def _difference(q: LocationScale, p: LocationScale) -> tuple[Tensor, Tensor, torch.dtype]:
+def difference(q: _LocLogScale, p: _LocLogScale) -> tuple[Tensor, Tensor, torch.dtype]:
     """Return loc_q − loc_p in units of p's scale, log(scale_q / scale_p), and the dtype of a KL.
 
     The first two are in float64, where no ratio of float32 scales overflows.
+
+    Args:
+        q: location and log scale of q, in the accumulation dtype.
+        p: those of p.
     """
-    (loc, log_scale), (prior_loc, prior_log_scale) = q.wide(), p.wide()
+    (loc, log_scale), (prior_loc, prior_log_scale) = q, p
     move = (loc.double() - prior_loc) * torch.exp(-prior_log_scale.double())
     return move, log_scale.double() - prior_log_scale, torch.promote_types(loc.dtype, prior_loc.dtype)
 
@@ -98,25 +123,25 @@ def _difference(q: LocationScale, p: LocationScale) -> tuple[Tensor, Tensor, tor
 
 @register_kl(Exponential, Exponential)
 def _kl_exponential(q: Exponential, p: Exponential) -> Tensor:
-    _, u, dtype = _difference(q, p)
+    _, u, dtype = difference(q.wide(), p.wide())
     return expm1_minus(u).to(dtype)
 
 
 @register_kl(LogNormal, LogNormal)
 def _kl_log_normal(q: LogNormal, p: LogNormal) -> Tensor:
-    move, u, dtype = _difference(q, p)
+    move, u, dtype = difference(q.wide(), p.wide())
     return (0.5 * (expm1_minus(2 * u) + move.square())).to(dtype)
 
 
 @register_kl(Laplace, Laplace)
 def _kl_laplace(q: Laplace, p: Laplace) -> Tensor:
-    move, u, dtype = _difference(q, p)
+    move, u, dtype = difference(q.wide(), p.wide())
     return (expm1_minus(u) + torch.exp(u) * expm1_minus(-move.abs() * torch.exp(-u))).to(dtype)
 
 
 @register_kl(Gumbel, Gumbel)
 def _kl_gumbel(q: Gumbel, p: Gumbel) -> Tensor:
-    move, u, dtype = _difference(q, p)
+    move, u, dtype = difference(q.wide(), p.wide())
     # log Γ(1 + r) = (1 − γ)(r − 1) + rest, with a rest of second order that is positive, too.
     excess = torch.expm1(u)
     log_gamma = torch.lgamma(2 + excess)

@@ -16,7 +16,8 @@ from ..core.spread import log_variance
 from ..ops.normal_arguments import Form, form_of, options
 from ..ops.op import accumulator
 from .base import Distribution, hold, is_family, is_still
-from .closed_form import register_kl
+from .closed_form import difference, register_kl
+from .location_scale import EULER, Gumbel, Laplace
 from .words import count_latents
 
 # A standard deviation in place of a log variance, as in torch's Normal.
@@ -302,3 +303,37 @@ def _kl(q: DiagonalNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
     u = logvar - prior_logvar
     white = (mu - prior_mu) * torch.exp(-0.5 * prior_logvar)
     return 0.5 * (white.square() + expm1_minus(u))
+
+
+def _loc_log_scale(d: StandardNormal | DiagonalNormal, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and log σ in the accumulation dtype."""
+    if isinstance(d, StandardNormal):
+        return like.new_zeros(()), like.new_zeros(())
+    mu, logvar = d.wide()
+    return mu, 0.5 * logvar
+
+
+# As in closed_form: sums of positive terms, of the difference of the locations.
+
+
+@register_kl(Laplace, StandardNormal)
+@register_kl(Laplace, DiagonalNormal)
+def _kl_laplace_normal(q: Laplace, p: StandardNormal | DiagonalNormal) -> Tensor:
+    move, u, dtype = difference(q.wide(), _loc_log_scale(p, q.loc))
+    rest = expm1_minus(2 * u + math.log(2)) + (math.log(math.pi) - 1)
+    return (0.5 * (rest + move.square())).to(dtype)
+
+
+@register_kl(Gumbel, StandardNormal)
+@register_kl(Gumbel, DiagonalNormal)
+def _kl_gumbel_normal(q: Gumbel, p: StandardNormal | DiagonalNormal) -> Tensor:
+    move, u, dtype = difference(q.wide(), _loc_log_scale(p, q.loc))
+    rest = expm1_minus(2 * u + math.log(math.pi**2 / 6)) + (math.log(math.pi**3 / 3) - 1 - 2 * EULER)
+    return (0.5 * (rest + (move + EULER * torch.exp(u)).square())).to(dtype)
+
+
+@register_kl(DiagonalNormal, Gumbel)
+def _kl_normal_gumbel(q: DiagonalNormal, p: Gumbel) -> Tensor:
+    move, u, dtype = difference(_loc_log_scale(q, q.mu), p.wide())
+    rest = 0.5 * expm1_minus(2 * u) + (1 - 0.5 * math.log(2 * math.pi))
+    return (expm1_minus(0.5 * torch.exp(2 * u) - move) + rest).to(dtype)

@@ -239,20 +239,29 @@ def in_single(d: td.Distribution) -> tuple[td.Distribution, torch.dtype | None]:
     dtypes = {t.dtype for t in tensors_of(d) if t.is_floating_point()}
     if all(dtype.itemsize > 2 for dtype in dtypes):
         return d, None
-    return _single(d), functools.reduce(torch.promote_types, dtypes)
+    return _converted(d, _single), functools.reduce(torch.promote_types, dtypes)
 
 
-def _single(d: Any) -> Any:
-    def convert(tensor: Tensor) -> Tensor:
-        return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 2 else tensor
+def in_double(d: td.Distribution) -> td.Distribution:
+    """Return the distribution in float64."""
+    made: td.Distribution = _converted(d, lambda t: t.double() if t.is_floating_point() else t)
+    return made
 
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 2 else tensor
+
+
+def _converted(d: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """Return the distribution with its parameters converted."""
     if type(d) is td.Independent:
-        return td.Independent(_single(d.base_dist), d.reinterpreted_batch_ndims, validate_args=False)
+        base = _converted(d.base_dist, convert)
+        return td.Independent(base, d.reinterpreted_batch_ndims, validate_args=False)
     if type(d) in ELEMENTWISE:  # some also store constants in their dtype
         names: Any = d.arg_constraints
-        single = type(d)(**{name: convert(getattr(d, name)) for name in names}, validate_args=False)
-        single._validate_args = d._validate_args
-        return single
+        made = type(d)(**{name: convert(getattr(d, name)) for name in names}, validate_args=False)
+        made._validate_args = d._validate_args
+        return made
     return mapped(d, convert)
 
 
