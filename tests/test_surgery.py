@@ -10,7 +10,14 @@ from torch import distributions as td
 from torch import nn
 
 import fastvae
-from fastvae.distributions import AggregatePosterior, DiagonalNormal, FullNormal, Laplace, LowRankNormal
+from fastvae.distributions import (
+    AggregatePosterior,
+    DiagonalNormal,
+    FullNormal,
+    Laplace,
+    LowRankNormal,
+    Mixture,
+)
 
 from .conftest import DEVICE
 from .models import generator, randn
@@ -113,6 +120,19 @@ def test_marginals_of_full_covariances():
         model(mu, torch.zeros_like(mu), factor, family=LowRankNormal), data(), generator=generator(5)
     )
     assert low.total_correlation == pytest.approx(0, abs=1e-6)
+
+
+def test_draws_of_mixture_posteriors_count_by_their_weights():
+    """Each example draws a component of its posterior by the weights, whatever the seed."""
+    mu, logvar = parameters()
+    logits = torch.tensor([0.5, -0.5], dtype=torch.float64, device=DEVICE)
+    vae = model(mu, logvar, family=lambda m, v: Mixture([(m, v), (m + 6, v)], logits))
+    q = vae.posterior(data())
+    z = q.sample(4000, generator=generator(1))
+    expected = (q.log_prob(z) - td.Normal(0.0, 1.0).log_prob(z).sum(-1)).mean()
+    for seed in range(3):
+        found = fastvae.diagnostics.latents(vae, data(), generator=generator(seed), batch_size=17)
+        assert abs(found.kl - expected) < 5 * found.stderr["kl"]
 
 
 def test_unknown_terms_are_none_and_not_printed():

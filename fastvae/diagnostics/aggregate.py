@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_count
 from ..distributions import Distribution, as_prior
-from ..distributions.draws import rsample_as_stored
+from ..distributions.draws import sample_as_stored
 from ..distributions.mixture import log_aggregate
 from ..distributions.read import is_conditional
 from ..distributions.words import known_mean
@@ -137,7 +137,7 @@ def latents(
         drawn, own, first = [], [], 0
         for q in posteriors:
             rows = taken[(taken >= first) & (taken < first + q.batch)] - first
-            z, log_q = rsample_as_stored(q, 1, seed, row_offset=first)
+            z, log_q = sample_as_stored(q, 1, seed, generator, row_offset=first)
             drawn.append(z[0, rows])
             own.append(log_q[0, rows])
             first += q.batch

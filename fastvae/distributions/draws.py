@@ -406,6 +406,19 @@ def rsample_as_stored(q: Distribution, samples: int, seed: Tensor, **place: int)
     return z, _log_prob(q, z, "q(z|x)") if z.dtype.itemsize == 2 else log_q
 
 
+def sample_as_stored(
+    q: Distribution, samples: int, seed: Tensor, generator: torch.Generator | None, **place: int
+) -> tuple[Tensor, Tensor]:
+    """Return z [K, B, D], each a draw from q without a weight, and log q(z|x) [K, B] at the stored z.
+
+    Draws in strata follow q only with their weights; ``q.sample`` draws the strata, too, by the generator.
+    """
+    if q.strata == 1:
+        return rsample_as_stored(q, samples, seed, **place)
+    z = q.sample(samples, generator=generator)
+    return z, _log_prob(q, z, "q(z|x)")
+
+
 def _log_prob(distribution: Distribution, z: Tensor, what: str) -> Tensor:
     value = distribution.log_prob(z)
     _check_density(distribution, "log_prob", f"log {what}", value, z)

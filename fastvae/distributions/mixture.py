@@ -14,6 +14,7 @@ from ..core.reductions import stratified_log_weights
 from ..ops.mixture import check_components
 from .base import Distribution, hold, is_family
 from .covariance import FullNormal, LowRankNormal
+from .draws import sample_as_stored
 from .normal import DiagonalNormal
 from .words import check_latents
 
@@ -80,7 +81,7 @@ class _Components(Distribution):
                         "not implemented; drawing from the mixture needs it"
                     )
                 places = (chosen == u).nonzero()[:, 0]
-                draws = row.rsample_log_prob(len(places), seed, row_offset=u)[0][:, 0]
+                draws = sample_as_stored(row, len(places), seed, generator, row_offset=u)[0][:, 0]
                 z = draws.new_empty(k, draws.shape[1]) if z is None else z
                 z[places] = draws
             first += part.batch
