@@ -903,6 +903,104 @@ def test_each_stratum_gets_its_share_of_draws():
         assert counts.tolist() == [4, 4, 4]
 
 
+def _far(c, rows=2):
+    """Return a component that 100 c identifies."""
+    return torch.full((rows, 1), 100.0 * c, device=DEVICE), torch.zeros(rows, 1, device=DEVICE)
+
+
+def _nested(inner, outer):
+    """Return a mixture of the components 0 and 1 in one mixture, and 2; and the shares of the three."""
+    q = Mixture([Mixture([_far(0), _far(1)], inner), _far(2)], outer)
+    within, shares = (torch.softmax(t, -1).expand(2, 2) for t in (inner, outer))
+    return q, torch.cat([shares[:, :1] * within, shares[:, 1:]], 1)
+
+
+@pytest.mark.parametrize("how", ["mixture", "per row", "proposal"])
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_strata_within_strata_are_unbiased(how, k):
+    """For any number of draws the weighted share of each component is its probability, over seeds."""
+    inner, outer = torch.tensor([2.0, -1.0], device=DEVICE), torch.tensor([1.0, 0.0], device=DEVICE)
+    if how == "per row":
+        inner = torch.stack([inner, -inner])
+    q, expected = _nested(inner, outer)
+    if how == "proposal":
+        q = StratifiedMixture(q.components, [0.5, 0.5])
+        within = torch.softmax(inner, 0)
+        expected = torch.stack([0.5 * within[0], 0.5 * within[1], within.new_tensor(0.5)]).expand(2, 3)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (1500,), generator=torch.Generator().manual_seed(5))
+    found = []
+    for seed in seeds.to(DEVICE):
+        z, _ = q.rsample_log_prob(k, seed)
+        weights = q.log_stratum_weights(k, seed).exp().expand(k, 2)
+        of = (z[..., 0] / 100).round()
+        found.append(torch.stack([(weights * (of == c)).mean(0) for c in range(3)], -1))
+    found = torch.stack(found)
+    error = found.std(0) / math.sqrt(len(found))
+    assert bool(((found.mean(0) - expected).abs() < 5 * error + 1e-6).all())
+
+
+@pytest.mark.parametrize("noise", ["philox", "qmc"])
+def test_a_nested_mixture_estimates_what_a_flat_one_does(noise):
+    """Densities, means and variances are equal; log p(x), which every weight enters, is the model's."""
+    model = LinearGaussian(2, X)
+    x = model.sample(3)
+    mu, logvar = model.posterior(x)
+    parts = [(mu + 0.5, logvar + 0.3), (mu - 0.7, logvar + 0.5), StandardNormal()]
+    inner, outer = (torch.tensor(t, dtype=torch.float64, device=DEVICE) for t in ([2.0, -1.0], [1.0, 0.0]))
+    nested = Mixture([Mixture(parts[:2], inner), parts[2]], outer)
+    a, b = outer.log_softmax(0), inner.log_softmax(0)
+    flat = Mixture(parts, torch.stack([a[0] + b[0], a[0] + b[1], a[1]]))
+    z = randn(K, 3, 2, seed=1).double()
+    for value in (lambda q: q.log_prob(z), lambda q: q.mean, lambda q: q.variance):
+        torch.testing.assert_close(value(nested), value(flat), rtol=1e-10, atol=1e-10)
+    for start in (0, 5):  # draws in chunks are those of one call
+        places = {"sample_offset": start}
+        torch.testing.assert_close(
+            nested.log_stratum_weights(3, SEED, **places),
+            nested.log_stratum_weights(8, SEED)[start : start + 3],
+        )
+    for proposal in ("posterior", "defensive", "refined"):
+        options = {"k": 4000, "noise": noise, "proposal": proposal, "likelihood": model.likelihood}
+        found = fastvae.log_marginal(x, nested, model.decoder, **options)
+        off = (found.log_px - model.log_px(x)).abs()
+        assert bool((off < 6 * found.log_px_stderr + 1e-6).all()), proposal
+
+
+def test_a_mixture_without_rows_is_shared_by_all_examples():
+    """A mixture of priors, as a component, is drawn for each example like one of equal rows."""
+    p = Parameters()
+    rows, shared = (p(B, D), p(B, D)), [(p(D), p(D)), StandardNormal()]
+    logits, inner = p(2), p(2)
+    q = Mixture([rows, Mixture([DiagonalNormal(*shared[0]), shared[1]], inner)], logits)
+    expanded = [tuple(t.expand(B, D) for t in shared[0]), shared[1]]
+    other = Mixture([rows, Mixture(expanded, inner)], logits)
+    for one, two in zip(q.rsample_log_prob(K, SEED), other.rsample_log_prob(K, SEED), strict=True):
+        torch.testing.assert_close(one, two)
+    torch.testing.assert_close(q.mean, other.mean)
+    torch.testing.assert_close(q.variance, other.variance)
+
+
+def test_moments_of_a_mixture_with_the_prior():
+    """N(0, I), whose moments have no axes, counts for every row and dimension, wherever it stands."""
+    mu, logvar, logits = randn(B, D, seed=1), randn(B, D, seed=2), randn(2, seed=3)
+    rows = zeros(B, D), zeros(B, D)
+    for one, two in (((mu, logvar), StandardNormal()), (StandardNormal(), (mu, logvar))):
+        q = Mixture([one, two], logits)
+        written = Mixture([rows if isinstance(c, StandardNormal) else c for c in (one, two)], logits)
+        assert q.mean.shape == q.variance.shape == (B, D)
+        torch.testing.assert_close(q.mean, written.mean)
+        torch.testing.assert_close(q.variance, written.variance)
+        equal = Mixture([one, two])
+        torch.testing.assert_close(equal.mean, 0.5 * mu)
+    decoder = _decoder(torch.float32)
+    vae = fastvae.VAE(lambda x: q, decoder, modules=[], **BERNOULLI)
+    x = _data(torch.float32)
+    torch.testing.assert_close(vae.reconstruct(x), torch.sigmoid(decoder(q.mean)))
+    for proposal in ("adapted", "refined"):
+        found = fastvae.log_marginal(x, q, decoder, k=300, proposal=proposal, **BERNOULLI)
+        assert bool(found.log_px.isfinite().all())
+
+
 def test_components_have_different_noise():
     q = Mixture([(zeros(2, 3), zeros(2, 3))] * 3)
     z, _ = q.rsample_log_prob(6, SEED)
@@ -1033,6 +1131,23 @@ def test_rows_of_a_mixture():
 
 
 # VampPrior and aggregate posteriors
+
+
+def test_priors_of_mixture_posteriors_are_drawn_by_their_weights():
+    """Priors built of an encoder that returns mixtures draw each component by its probability."""
+    logits = torch.tensor([3.0, -3.0], device=DEVICE)
+
+    def encoder(x):
+        mu = x[:, :D]
+        return Mixture([(mu, zeros(len(x), D) - 4), (mu + 6, zeros(len(x), D) - 4)], logits)
+
+    inputs, n = 0.1 * randn(U, X, seed=1), 20_000
+    for prior in (VampPrior(encoder, inputs), AggregatePosterior(encoder, inputs)):
+        z = prior.sample(n, generator=generator(2))
+        share = (z[:, 0] > 3).double().mean()
+        expected = torch.softmax(logits.double(), 0)[1]
+        assert float((share - expected).abs()) < 5 * math.sqrt(float(expected) / n)
+        torch.testing.assert_close(z.mean(0), prior.mean, rtol=0, atol=0.05)
 
 
 def test_a_vamp_prior_equals_the_mixture_of_its_posteriors(backend):

@@ -28,7 +28,8 @@ class Mixture(Distribution):
     chooses. A draw from component c has weight C π_c, so that gradients reach the logits, too, and is
     evaluated under the mixture's density. The weights are unbiased for any number of samples; a multiple of C
     draws equally often from each component. Components that are the same for all examples, such as the prior,
-    make it a defensive proposal, whose weights are bounded.
+    make it a defensive proposal, whose weights are bounded. A component may be a mixture, too: its draws are
+    stratified within it.
 
     ``estimator="dreg"`` raises: its identity holds for draws from q itself. The ELBO that
     :func:`fastvae.evaluate` reports weights the components equally: it is a lower bound, too.
@@ -141,9 +142,12 @@ class Mixture(Distribution):
         return self._mixed([c.variance + (m - mean).square() for c, m in pairs])
 
     def _mixed(self, values: list[Tensor]) -> Tensor:
-        """Return the average of the components' values, by π."""
-        shares = self._log_weights(values[0]).exp().unbind(-1)
-        return torch.stack([s[..., None] * v for s, v in zip(shares, values, strict=True)]).sum(0)
+        """Return the average of the components' values, by π; a component without rows has them for all."""
+        # N(0, I) has scalars on the CPU.
+        widest = max(values, key=lambda v: v.dim())
+        shares = self._log_weights(widest).exp().unbind(-1)
+        weighted = [s[..., None] * v for s, v in zip(shares, values, strict=True)]
+        return torch.stack(torch.broadcast_tensors(*weighted)).sum(0)
 
     def _log_weights(self, like: Tensor) -> Tensor:
         """Return log π, [C] or [B, C]."""
@@ -176,23 +180,26 @@ class Mixture(Distribution):
     def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        count = self.strata
-        # Draw from each component the range that any seed could select, in each randomisation.
-        r = random.randomisations_of(seed) or 1
-        first = sample_offset // r // count
-        last = ((sample_offset + samples - 1) // r + count - 1) // count
-        count_each = r * (last - first + 1)
+        first, count_each, places = self._places(samples, seed, sample_offset)
 
         def draw(c: int, component: Distribution) -> Tensor:
-            place = {"sample_offset": r * first, "row_offset": row_offset}
-            return component.rsample_log_prob(count_each, derived_seed(seed, c), **place)[0]
+            place = {"sample_offset": first, "row_offset": row_offset}
+            return component.rsample_log_prob(count_each, _seed_of(component, seed, c), **place)[0]
 
-        drawn = self._from_each(draw, seed)
+        z = torch.cat(self._from_each(draw, seed)).index_select(0, places)
+        return z, self.log_prob(z)
+
+    def _places(self, samples: int, seed: Tensor, sample_offset: int) -> tuple[int, int, Tensor]:
+        """Return the first draw from each component, the number of draws, and each sample's place in these.
+
+        They are the range that any seed could select, in each randomisation; components follow each other.
+        """
+        count, r = self.strata, random.randomisations_of(seed) or 1
+        first = sample_offset // r // count
+        last = ((sample_offset + samples - 1) // r + count - 1) // count
         turns, randomisation = self._turns(samples, seed, sample_offset)
         places = torch.remainder(turns, count) * (last - first + 1) + turns // count - first
-        places = r * places + randomisation
-        z = torch.cat(drawn).index_select(0, places)
-        return z, self.log_prob(z)
+        return r * first, r * (last - first + 1), r * places + randomisation
 
     def _from_each(self, draw: Callable[[int, Distribution], Tensor], seed: Tensor) -> list[Tensor]:
         """Draw z [K, B, D] from each component c by ``draw(c, component)``, expanded to all rows."""
@@ -211,7 +218,18 @@ class Mixture(Distribution):
         dtype = torch.float32 if self.logits is None else accumulator(self.logits.dtype)
         weights = self._log_weights(torch.empty((), dtype=dtype, device=seed.device)) + math.log(self.strata)
         chosen = torch.remainder(self._turns(samples, seed, sample_offset)[0], self.strata)
-        return weights.mT[chosen] if weights.dim() == 2 else weights[chosen][:, None]
+        shares = weights.mT[chosen] if weights.dim() == 2 else weights[chosen][:, None]
+        if all(c.strata == 1 for c in self.components):
+            return shares
+        # Draws of a component with strata have weights within it.
+        first, count_each, places = self._places(samples, seed, sample_offset)
+        within = [
+            log_stratum_weights(component, count_each, _seed_of(component, seed, c), first)
+            for c, component in enumerate(self.components)
+        ]
+        known = [shares.new_zeros(count_each, 1) if w is None else w.to(shares.dtype) for w in within]
+        rows = max(w.shape[1] for w in known)
+        return shares + torch.cat([w.expand(-1, rows) for w in known])[places]
 
     def sample(
         self,
@@ -280,6 +298,13 @@ class Mixture(Distribution):
         logits = self.logits[start:stop] if by_row else self.logits  # type: ignore[index]
         return Mixture(known, logits) if len(known) == len(parts) else None
 
+    def expand(self, batch: int, like: Tensor) -> Distribution:
+        if not is_family(self, Mixture):
+            return super().expand(batch, like)
+        parts = [c if c.has_rows and c.batch == batch else c.expand(batch, like) for c in self.components]
+        logits = self.logits
+        return self._of(parts, logits if logits is None or logits.dim() == 1 else logits.expand(batch, -1))
+
 
 class StratifiedMixture(Drawable):
     """Stratified mixture: components are drawn in a fixed cycle, from an offset that depends on the seed.
@@ -347,7 +372,7 @@ class StratifiedMixture(Drawable):
                 place = (which == c).nonzero()[:, 0]
                 if len(place):
                     first = int(turns[place[0]]) // period * count + int(within[place[0]])
-                    yield part, mine[place], derived_seed(seed, period * self.number + c), first
+                    yield part, mine[place], _seed_of(part, seed, period * self.number + c), first
 
     def draw(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
         drawn, places = [], []
@@ -387,6 +412,16 @@ def derived_seed(seed: Tensor, number: int) -> Tensor:
         step = torch.full((), number + 1, dtype=torch.int64, device=seed.device) * 1442695040888963407
         return seed * 6364136223846793005 + (step & (2**63 - 1))
     return seed * 6364136223846793005 + 1442695040888963407 * (number + 1) % 2**63
+
+
+def _seed_of(part: Distribution, seed: Tensor, number: int) -> Tensor:
+    """Return the seed of a mixture's component.
+
+    The low bits of a derived seed are a function of the seed's, which choose the component. They would choose
+    the stratum within it, too: the same one for every seed that chooses this component.
+    """
+    own = derived_seed(seed, number)
+    return own ^ (own >> 32) if part.strata > 1 else own
 
 
 def expanded_at_address(prior: Distribution, batch: int, like: Tensor) -> Distribution | None:
