@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes
 
 __all__ = [
     "AnyBatchNorm",
@@ -42,6 +43,7 @@ __all__ = [
     "standard_gamma_grad",
     "torch_function_depth",
     "tracing_state",
+    "without_dispatch_modes",
 ]
 
 BelowAutograd = _C._AutoDispatchBelowAutograd

@@ -12,6 +12,7 @@ from torch import distributions as td
 
 from .. import ops, random
 from ..core.checks import check_same_device, check_tensor, shape_of
+from ..core.constants import cached_constant
 from ..core.special import expm1_minus, log1p_rest
 from ..ops.op import accumulator
 from .base import Distribution, Located, hold, is_family, is_still
@@ -70,11 +71,12 @@ class _Correlated(Located):
         return self._covariance()[1] + 0.5 * self.mu.shape[-1] * (1 + LOG_2_PI)
 
 
-@functools.lru_cache(64)
+@cached_constant(64)
 def triangle_positions(d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows and columns of a packed lower triangle's entries, and the diagonal's indices [D]."""
     rows, columns = torch.tril_indices(d, d, device=device)
-    return rows, columns, (rows == columns).nonzero()[:, 0]
+    row = torch.arange(d, device=device)
+    return rows, columns, row * (row + 3) // 2
 
 
 class FullNormal(_Correlated):

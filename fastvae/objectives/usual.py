@@ -6,12 +6,12 @@ which computes the same numbers from the same random state.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.constants import cached_constant
 from ..core.fast_path import in_eager_mode, is_native, is_usual
 from ..core.hints import noted
 from ..core.nested import note_of_call
@@ -136,11 +136,9 @@ def _number(value: float, dtype: torch.dtype, gpu: torch.device | None) -> Tenso
     return _shared_number(value, dtype, gpu, torch.cuda.current_stream(gpu).cuda_stream)
 
 
-@functools.lru_cache(64)
+@cached_constant(64)
 def _shared_number(value: float, dtype: torch.dtype, device: torch.device | str, stream: int) -> Tensor:
-    # Autograd saves no tensor of inference mode.
-    with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype, device=device)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 _own: dict[type[Declared], bool] = {}

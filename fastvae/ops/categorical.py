@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core import backend as _backend
 from ..core.checks import check_data, check_same_device, check_tensor, may_look, shape_of
+from ..core.constants import cached_constant
 from ..core.fast_path import in_eager_mode, is_native, is_usual
 from ..core.torch_private import is_functorch_wrapped
 from ._contract import Contract
@@ -160,24 +161,10 @@ def column_rows(x: Tensor, begins: tuple[int, ...], logits: Tensor, ignore_index
     return _categorical_log_prob(x, table, logits, True, ignore_index)[0]
 
 
-_tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-_MOST_TABLES = 256
-
-
+@cached_constant(256)
 def _table(begins: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return begins as a tensor, from a cache of those already on the device."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(begins, device=device)
-    found = _tables.get((begins, device))
-    if found is not None:
-        return found
-    with torch.inference_mode(False):
-        found = torch.tensor(begins, device=device)
-    if type(found) is Tensor:  # not of a fake mode, which ends
-        if len(_tables) >= _MOST_TABLES:
-            _tables.clear()
-        _tables[begins, device] = found
-    return found
+    """Return begins as a tensor on the device."""
+    return torch.tensor(begins, device=device)
 
 
 def categorical_rows(x: Tensor, logits: Tensor, ignore_index: int, axis: int = 1) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.quasirandom import SobolEngine
 
-from ..core.torch_private import is_traced_on_gpu
+from ..core.constants import cached_constant
+from ..core.torch_private import is_traced_on_gpu, without_dispatch_modes
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -90,9 +91,16 @@ NET_COLUMNS, NET_BITS = 128, 30
 
 
 @functools.cache
+def _net_numbers() -> list[list[int]]:
+    with without_dispatch_modes():  # torch's own table needs memory, which a fake tensor lacks
+        numbers: list[list[int]] = (SobolEngine(NET_COLUMNS).sobolstate.to(torch.int64) << 2).mT.tolist()
+    return numbers
+
+
+@cached_constant(16)
 def net(device: torch.device) -> Tensor:
     """Return each index bit's contribution to a point's words, modulo 2: int64 [NET_BITS, NET_COLUMNS]."""
-    return (SobolEngine(NET_COLUMNS).sobolstate.to(torch.int64) << 2).mT.contiguous().to(device)
+    return torch.tensor(_net_numbers(), device=device)
 
 
 def _net_points(number: Tensor, blocks: int) -> Tensor:
