@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import distributions as td
 from torch import nn
 
 import fastvae
@@ -344,3 +345,51 @@ def test_a_fill_that_integers_do_not_represent(dtype, fill):
     filled = where_observed(x, mask, fill)
     assert filled.dtype == torch.get_default_dtype() and filled[0].tolist() == [1.0, fill, 1.0]
     assert where_observed(x, mask, 0.0).dtype == dtype
+
+
+@pytest.mark.parametrize("k_chunk", [None, 7])
+@pytest.mark.parametrize("likelihood", ["poisson", "joint", "columns", "own"])
+def test_draws_come_from_the_z_that_were_weighted(likelihood, k_chunk):
+    """Draws that torch makes depend on their chunk, whose size some likelihoods change after the first."""
+    prior = td.Independent(td.Gamma(torch.full((1,), 0.5), torch.full((1,), 0.05)), 1)
+    rates = torch.tensor([1.0, 4.0, 10.0, 30.0, 60.0])
+    x = rates[:, None].expand(B, 3).round()
+    mask = torch.tensor([True, True, False])
+
+    class Own(likelihoods.Likelihood):
+        def __init__(self):
+            super().__init__()
+            self.poisson = likelihoods.Poisson()
+
+        def log_prob(self, x, parameters):
+            return self.poisson.log_prob(x, parameters)
+
+        def sample(self, parameters, generator=None):
+            return self.poisson.sample(parameters, generator=generator)
+
+        def mean(self, parameters):
+            return self.poisson.mean(parameters)
+
+    def encode(x):
+        batch = len(x["a"]) if isinstance(x, dict) else len(x)
+        return td.Independent(td.Gamma(torch.full((batch, 1), 0.5), torch.full((batch, 1), 0.05)), 1)
+
+    kinds = {
+        "poisson": "poisson",
+        "joint": likelihoods.Joint(a="poisson"),
+        "columns": likelihoods.Columns([(name, "poisson") for name in "abc"]),
+        "own": Own(),
+    }
+    in_dict = likelihood == "joint"
+    vae = fastvae.VAE(
+        encode,
+        lambda z: {"a": z.log().expand(-1, 3)} if in_dict else z.log().expand(-1, 3),
+        likelihood=kinds[likelihood],
+        prior=prior,
+        modules=[],
+    )
+    given = ({"a": x}, {"a": mask}) if in_dict else (x, mask)
+    found = vae.impute(*given, k=500, draws=400, k_chunk=k_chunk, generator=torch.Generator().manual_seed(3))
+    mean, draws = (v["a"] if in_dict else v for v in (found.mean, found.draws))
+    # A draw's standard deviation is 1.3 sqrt(rate), that of a mean of 400 a twentieth.
+    assert (draws[:, :, 2].mean(0) - mean[:, 2]).abs().lt(0.4 * rates.sqrt()).all()

@@ -57,8 +57,8 @@ def check_mean(likelihood: Likelihood) -> None:
         )
 
 
-def posterior_mean(inputs: Inputs, seed: Tensor, k: int, chunks: Chunks) -> tuple[Any, Tensor]:
-    r"""Return the mean of x' over p(x'|x), [B, *event], and the log weights of the draws [K, B].
+def posterior_mean(inputs: Inputs, seed: Tensor, k: int, chunks: Chunks) -> tuple[Any, list[Tensor]]:
+    r"""Return the mean of x' over p(x'|x), [B, *event], and each chunk's log weights, [K, B] in all.
 
     .. math:: \sum_k \tilde w_k\, E[x' | z_k], \quad z_k \sim q(z|x), \quad
               \tilde w_k \propto p(x, z_k) / q(z_k|x)
@@ -78,20 +78,21 @@ def posterior_mean(inputs: Inputs, seed: Tensor, k: int, chunks: Chunks) -> tupl
         total = part if total is None else _zipped(functools.partial(_added, shrink), total, part)
         top = peak
         kept.append(log_w)
-    log_w = torch.cat(kept)
-    size = torch.exp(log_w - finite_shift(top)).sum(0)
-    return each(lambda t: t / _per_row(size, t), total), log_w
+    size = torch.exp(torch.cat(kept) - finite_shift(top)).sum(0)
+    return each(lambda t: t / _per_row(size, t), total), kept
 
 
 def impute(
     inputs: Inputs, seed: Tensor, k: int, draws: int, chunks: Chunks, generator: torch.Generator | None
 ) -> Imputation:
     """Return means and draws of the elements of x that the mask of ``inputs`` leaves out."""
-    mean, log_w = posterior_mean(inputs, seed, k, chunks)
+    mean, of_chunks = posterior_mean(inputs, seed, k, chunks)
+    log_w = torch.cat(of_chunks)
     weights = torch.softmax(log_w.double(), 0)
     drawn = None
     if draws:
-        drawn = _filled(inputs, _resampled(inputs, seed, weights, draws, chunks, generator))
+        counts = [len(part) for part in of_chunks]
+        drawn = _filled(inputs, _resampled(inputs, seed, weights, counts, draws, generator))
     return Imputation(_filled(inputs, mean), drawn, 1 / weights.square().sum(0), pareto_khat(log_w))
 
 
@@ -142,10 +143,18 @@ def _elements(likelihood: Likelihood, x: Any, returned: Any, samples: int, mask:
 
 
 def _resampled(
-    inputs: Inputs, seed: Tensor, weights: Tensor, n: int, chunks: Chunks, generator: torch.Generator | None
+    inputs: Inputs,
+    seed: Tensor,
+    weights: Tensor,
+    counts: list[int],
+    n: int,
+    generator: torch.Generator | None,
 ) -> Any:
-    """Draw z by the weights [K, B] of its samples, then x from p(x|z): [n, B, *event]."""
-    k, batch = weights.shape
+    """Draw z by the weights [K, B] of its samples, then x from p(x|z): [n, B, *event].
+
+    ``counts`` are the samples of each chunk that was weighted.
+    """
+    batch = weights.shape[1]
     bad = ~weights.isfinite().all(0)
     if bool(bad.any()):
         raise ValueError(
@@ -153,13 +162,15 @@ def _resampled(
             "be drawn; check their x, q and decoder output, or give draws=0"
         )
     index = torch.multinomial(weights.T, n, replacement=True, generator=generator).T
-    step = chunks.draws(inputs, batch, k)
     chosen: Tensor | None = None
-    for start in range(0, k, step):
-        z = draw_z(inputs.q, min(step, k - start), seed, start, 0)
+    start = 0
+    # What torch draws depends on the chunk: only the same chunks are the z that were weighted.
+    for count in counts:
+        z = draw_z(inputs.q, count, seed, start, 0)
         chosen = z.new_empty(n, *z.shape[1:]) if chosen is None else chosen
-        row, example = ((index >= start) & (index < start + len(z))).nonzero(as_tuple=True)
+        row, example = ((index >= start) & (index < start + count)).nonzero(as_tuple=True)
         chosen[row, example] = z[index[row, example] - start, example]
+        start += count
     assert chosen is not None
     parameters = inputs.likelihood.read(inputs.output(chosen.flatten(0, 1), n), inputs.x)
     sample = inputs.likelihood.sample(parameters, generator=generator)
