@@ -23,6 +23,17 @@ from fastvae.likelihoods import Gaussian
 ROOT = Path(__file__).parents[1]
 
 
+def _binomial(logits):
+    return torch.distributions.Binomial(255, logits=logits)
+
+
+class _Both(torch.nn.Module):
+    """Decoder's last step for two outputs."""
+
+    def forward(self, h):
+        return h[:, 0], h[:, 1]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Save a model as the demo does, one as a whole, and data in every form."""
@@ -266,6 +277,65 @@ def test_forms_of_data(folder, data, capsys):
         with np.load(out) as saved:
             results.append(saved["log_px"])
     np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+class _Numbers(torch.nn.Sequential):
+    """Encoder or decoder of numbers of any dtype."""
+
+    def forward(self, t):
+        return super().forward(t.float())
+
+
+_OF_BYTES = {
+    "poisson": (fastvae.likelihoods.Poisson(), 6, 1.0),
+    "negative_binomial": (fastvae.likelihoods.NegativeBinomial(2.0), 6, 1.0),
+    "zero_inflated": (fastvae.likelihoods.ZeroInflatedNegativeBinomial(2.0), 12, 1.0),
+    "multinomial": (fastvae.likelihoods.Multinomial(), 6, 1.0),
+    "columns": (fastvae.likelihoods.Columns([(name, "poisson") for name in "abcdef"]), 6, 1.0),
+    "binomial": (fastvae.likelihoods.from_distribution(_binomial), 6, 1.0),
+    "grid": (fastvae.likelihoods.DiscretizedLogistic(high=255.0, scale=30.0), 6, 1.0),
+    "signed_grid": (fastvae.likelihoods.DiscretizedLogistic(low=-1.0, scale=0.2), 6, None),
+    "gaussian": (Gaussian(0.5), 6, 255.0),
+}
+
+
+_OF_ROWS = ("multinomial", "columns", "zero_inflated")  # of numbers, not of images
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(n, f) for n in _OF_BYTES for f in ("npy", "pt", "idx") if f != "idx" or n not in _OF_ROWS],
+)
+def test_bytes_are_data_of_the_likelihood(tmp_path, name, form):
+    """Bytes of counts are counts, pixels of a grid span the grid, and others are divided by 255."""
+    likelihood, outputs, scale = _OF_BYTES[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoder = _Numbers(torch.nn.Linear(2, outputs))
+        if outputs == 12:
+            decoder = torch.nn.Sequential(decoder, torch.nn.Unflatten(1, (2, 6)), _Both())
+        vae = fastvae.VAE(_Numbers(torch.nn.Flatten(), torch.nn.Linear(6, 4)), decoder, likelihood=likelihood)
+    torch.save(vae, tmp_path / "vae.pt")
+    x = np.random.default_rng(1).poisson(3, (19, 6)).astype(np.uint8)
+    if form == "npy":
+        np.save(tmp_path / "x.npy", x)
+    elif form == "pt":
+        torch.save(torch.from_numpy(x), tmp_path / "x.pt")
+    else:
+        (tmp_path / "x.idx").mkdir()
+        header = struct.pack(">4I", 0x803, 19, 1, 6)
+        (tmp_path / "x.idx" / "t10k-images-idx3-ubyte").write_bytes(header + x.tobytes())
+        vae.decoder = torch.nn.Sequential(vae.decoder, torch.nn.Unflatten(1, (1, 6)))
+        torch.save(vae, tmp_path / "vae.pt")
+    options = ["--k", "40", "--trust", "--seed", "3", "--quiet", "--out", str(tmp_path / "out.npz")]
+    main(["evaluate", str(tmp_path / "vae.pt"), str(tmp_path / f"x.{form}"), *options])
+    numbers = torch.from_numpy(x).float()
+    numbers = numbers / scale if scale else 2 * numbers / 255 - 1
+    numbers = numbers.unflatten(1, (1, 6)) if form == "idx" else numbers
+    generator = torch.Generator().manual_seed(3)
+    expected = vae.evaluate(numbers, k=40, progress=False, generator=generator).log_px
+    with np.load(tmp_path / "out.npz") as saved:
+        np.testing.assert_allclose(saved["log_px"], expected.numpy(), rtol=1e-5)
 
 
 def test_digits_and_a_tolerance(folder, capsys):

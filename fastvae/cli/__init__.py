@@ -171,7 +171,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "data",
         metavar="DATA",
         help="'digits', a folder of MNIST's IDX files (its test images), or an array in a .npy, .npz or .pt "
-        "file; bytes are divided by 255",
+        "file; bytes are divided by 255, unless the model's likelihood takes integers, such as counts",
     )
     evaluate.add_argument(
         "--k", type=_whole, help="draws per example (default: 5000; with --tol the most, default 100000)"

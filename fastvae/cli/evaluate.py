@@ -26,7 +26,7 @@ from ..estimation.estimates import UNTRUSTED
 from ..estimation.evaluation.checkpoint import check_destination
 from ..estimation.evaluation.ranks import RankFailed
 from ..estimation.evaluation.result import Evaluation
-from ..likelihoods import Bernoulli
+from ..likelihoods import Bernoulli, DiscretizedLogistic, Likelihood
 from ..vae import VAE
 from . import models
 from .images import digits, find_idx, idx_folder, read_idx
@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             _check_paths(args.out, plot, args.checkpoint)
             model, architecture = load_model(args.model, args.trust)
-            likelihood = architecture.get("likelihood", "bernoulli")
-            x = load_data(args.data, isinstance(model.likelihood, Bernoulli), likelihood)
+            x = load_data(args.data, model.likelihood, architecture.get("likelihood", "bernoulli"))
             pixels = architecture.get("pixels")
             if pixels is not None and x[0].numel() == pixels:
                 x = x.flatten(1)
@@ -185,15 +184,18 @@ def _check_archive(path: Path) -> None:
                 raise ValueError(f"{path} is damaged: the checksum of its entry {damaged} does not match")
 
 
-def load_data(name: str, binary: bool, likelihood: str = "bernoulli") -> Tensor:
-    """Load test data [N, ...]: scikit-learn's digits, a folder of IDX files, or an array in a file."""
+def load_data(name: str, likelihood: Likelihood, shown: str) -> Tensor:
+    """Load test data [N, ...]: scikit-learn's digits, a folder of IDX files, or an array in a file.
+
+    ``shown`` is the likelihood that the digits are data of.
+    """
     path = Path(name).expanduser()
     if name == "digits" and not path.exists():
-        return digits(likelihood).test
+        return digits(shown).test
     if path.is_dir():
-        if binary:
+        if isinstance(likelihood, Bernoulli):
             return idx_folder(path).test
-        return torch.from_numpy(read_idx(find_idx(path, "t10k"))).float() / 255
+        return _scaled(torch.from_numpy(read_idx(find_idx(path, "t10k"))), likelihood)
     if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
         raise ValueError(
             f"DATA {name} cannot be read: expected 'digits', a folder of IDX files, or a file "
@@ -210,7 +212,15 @@ def load_data(name: str, binary: bool, likelihood: str = "bernoulli") -> Tensor:
     data = torch.as_tensor(data)
     if data.dim() == 0 or len(data) == 0:
         raise ValueError(f"{path} holds {list(data.shape)} numbers; expected [N, ...] with N > 0")
-    return data.float() / 255 if data.dtype == torch.uint8 else data
+    return _scaled(data, likelihood) if data.dtype == torch.uint8 else data
+
+
+def _scaled(data: Tensor, likelihood: Likelihood) -> Tensor:
+    """Scale bytes to [0, 1], or to the ends of a grid; those of a likelihood of integers stay as they are."""
+    if likelihood.takes_integers:
+        return data
+    x = data.float() / 255
+    return likelihood._of_unit(x) if isinstance(likelihood, DiscretizedLogistic) else x
 
 
 def _read(path: Path) -> Any:

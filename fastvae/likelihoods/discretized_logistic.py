@@ -160,6 +160,10 @@ class DiscretizedLogistic(Scaled):
         level = ((x - self._origin) * ((self.levels - 1) / self._range)).round()
         return level / (self.levels - 1)
 
+    def _of_unit(self, x: Tensor) -> Tensor:
+        """Map x from [0, 1] to the range of the data."""
+        return x if self._is_unit else self._origin + self._range * x
+
     def _elements(self, x: Tensor, parameters: Any) -> Tensor:
         return super()._elements(self._unit(x), parameters)
 
@@ -178,11 +182,11 @@ class DiscretizedLogistic(Scaled):
 
     def mean(self, parameters: Any) -> Tensor:
         """Return the mean of x [N, *event] over the grid's values."""
-        return self._origin + self._range * super().mean(parameters)
+        return self._of_unit(super().mean(parameters))
 
     def sample(self, parameters: Any, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw x [N, *event] on the grid."""
-        return self._origin + self._range * super().sample(parameters, generator=generator)
+        return self._of_unit(super().sample(parameters, generator=generator))
 
 
 def _edges(width: Tensor) -> int:
