@@ -526,6 +526,7 @@ class VAE(nn.Module):
 
         Raises:
             RuntimeError: for a decoder that has no derivatives by z, in reverse and in forward mode.
+            ValueError: for a q or a prior on a part of R^D only.
 
         References:
             Opper & Archambeau, The Variational Gaussian Approximation Revisited, 2009; Cremer, Li & Duvenaud,

@@ -13,11 +13,10 @@ from torch import distributed
 from torch import distributions as td
 
 import fastvae
-from fastvae import random
+from fastvae import distributions, random
 from fastvae.distributions import (
     DiagonalNormal,
     Distribution,
-    Exponential,
     FullNormal,
     Hierarchy,
     Laplace,
@@ -397,25 +396,64 @@ def test_a_hierarchy_and_a_prior_that_cannot_be_drawn_from():
             fastvae.log_marginal(x, q, decoder, **options, proposal="defensive")
 
 
-def test_restricted_supports():
-    """Draws of zero density have weight 0; torch's distributions, which raise for them, are refused."""
+def _positive(name, rows):
+    """Return a distribution of z > 0 with these leading axes."""
+    zeros, ones = torch.zeros(*rows, D, device=DEVICE), torch.ones(*rows, D, device=DEVICE)
+    if name == "Exponential":
+        return distributions.Exponential(zeros)
+    if name == "LogNormal":
+        return distributions.LogNormal(zeros, zeros)
+    if name == "Mixture":
+        return distributions.Mixture([distributions.LogNormal(zeros + i, zeros) for i in range(2)])
+    if name == "Flow":
+        to_positive = td.TransformedDistribution(td.Normal(zeros, ones), td.transforms.ExpTransform())
+        context = torch.zeros(*rows, 1, device=DEVICE) if rows else None
+        return distributions.Flow(lambda *_: td.Independent(to_positive, 1), context)
+    return getattr(td, name.removeprefix("torch's "))(ones, ones)
+
+
+@pytest.mark.parametrize("name", ["Exponential", "LogNormal", "Mixture", "Flow", "torch's Gamma"])
+@pytest.mark.parametrize("proposal", ["adapted", "refined"])
+def test_restricted_supports(name, proposal):
+    """Proposals over all of R^D refuse a q or a prior on a part of it, outside which decoders give NaN."""
     x = randn(5, X, seed=2)
     weight = torch.ones(D, X, device=DEVICE) / 3
-    prior, q = (Exponential(t.to(DEVICE)) for t in (torch.zeros(D), torch.zeros(5, D) - 0.5))
+    normal = randn(5, D, seed=3), torch.zeros(5, D, device=DEVICE)
+
+    def run(q, prior, proposal):
+        options = {"likelihood": Gaussian(1.0), "k": 300, "prior": prior, "generator": generator(1)}
+        return fastvae.log_marginal(x, q, lambda z: z.log() @ weight, proposal=proposal, **options)
+
+    q, prior = _positive(name, [5]), _positive(name, [])
+    assert run(q, prior, "posterior").log_px.isfinite().all()
+    for of_q in (q, normal):
+        with pytest.raises(ValueError, match=rf"{proposal}.* draws z from all of R\^D, but .* on a part"):
+            run(of_q, prior, proposal)
+    vae = fastvae.VAE(
+        lambda _: q, lambda z: z.log() @ weight, likelihood="bernoulli", prior=prior, modules=[]
+    )
+    with pytest.raises(ValueError, match=r"vae.refine draws z from all of R\^D, but .* use a q and a prior"):
+        vae.refine(x)
+
+
+def test_a_mixture_that_reaches_everywhere():
+    """A component over all of R^D makes a mixture one, fastvae's or torch's."""
+    x = randn(5, X, seed=2)
+    weight = torch.ones(D, X, device=DEVICE) / 3
+    zeros = torch.zeros(5, D, device=DEVICE)
+    parts = [distributions.DiagonalNormal(zeros, zeros), distributions.LogNormal(zeros, zeros)]
+    of_t = td.Independent(td.StudentT(9.0, torch.zeros(4, D, device=DEVICE)), 1)
+    prior = td.MixtureSameFamily(td.Categorical(torch.ones(4, device=DEVICE)), of_t)
     options = {"likelihood": Gaussian(1.0), "k": 3000, "prior": prior}
-
-    def run(q, proposal):
-        return fastvae.log_marginal(
-            x, q, lambda z: z @ weight, proposal=proposal, generator=generator(1), **options
+    plain, adapted = (
+        fastvae.log_marginal(
+            x, distributions.Mixture(parts), lambda z: z @ weight,
+            proposal=proposal, generator=generator(1), **options,
         )
-
-    plain, adapted = run(q, "posterior"), run(q, "adapted")
+        for proposal in ("posterior", "adapted")
+    )  # fmt: skip
     errors = plain.log_px_stderr + adapted.log_px_stderr
     assert bool(((plain.log_px - adapted.log_px).abs() < 5 * errors).all())
-    with pytest.raises(
-        ValueError, match=r"draws z from all of R\^D, but Exponential has a density on a part"
-    ):
-        run(td.Exponential(torch.ones(5, D, device=DEVICE)), "adapted")
 
 
 def test_latents_of_several_axes():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
@@ -402,11 +402,22 @@ def is_family(distribution: Distribution, family: type[_Family]) -> TypeGuard[_F
     return distribution.family is family
 
 
+def innermost(support: Any) -> Any:
+    """Return the constraint of each number: that inside an independent one, or of a mixture's components."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
 def is_real(support: Any) -> bool:
     """Return True if the support is all of R^D."""
-    while isinstance(support, td.constraints.independent):
-        support = support.base_constraint
-    return support is td.constraints.real
+    return isinstance(innermost(support), type(td.constraints.real))
+
+
+def support_of_mixture(parts: Sequence[Distribution]) -> Any:
+    """Return the support of a mixture: all of R^D if that of any part is, else the first part's."""
+    supports = [part.support for part in parts]
+    return td.constraints.real if any(is_real(s) for s in supports) else supports[0]
 
 
 class Located(Distribution):

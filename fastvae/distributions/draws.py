@@ -13,8 +13,9 @@ from .. import ops
 from ..core.checks import check_result
 from ..ops.normal_arguments import options
 from ..ops.normal_diagonal import dreg_weight, flat_kl, flat_log_ratio, path_weight
-from .base import Distribution, Located, is_family, is_real
+from .base import Distribution, Located, innermost, is_family, is_real
 from .closed_form import closed_kl
+from .flow import Flow
 from .normal import DiagonalNormal, StandardNormal
 from .tensors import fixed_at, frozen
 from .wrapped import TorchDistribution
@@ -307,8 +308,7 @@ def check_support(q: Distribution, p: Distribution) -> None:
     support = q.support
     if is_real(support):
         return
-    while isinstance(support, td.constraints.independent):
-        support = support.base_constraint
+    support = innermost(support)
     known = isinstance(p, (DiagonalNormal, Located, TorchDistribution)) and not p.reaches_others
     on_simplex = support is td.constraints.simplex
     if is_family(p, StandardNormal) or (on_simplex and known and is_real(p.support)):
@@ -319,6 +319,22 @@ def check_support(q: Distribution, p: Distribution) -> None:
             f"q is {describe(q)}, whose support is {where} and not all of R^D, but the prior, {prior} is "
             f"over R^D; pass prior=, a distribution of q's support{such and ', such as ' + such}"
         )
+
+
+def check_everywhere(what: str, instead: str, *distributions: Distribution) -> None:
+    """Validate that distributions are over all of R^D, from which ``what`` draws z.
+
+    Raises:
+        ValueError: for one that declares another support, or a flow whose distribution does.
+    """
+    for d in distributions:
+        made = d._made() if isinstance(d, Flow) else None
+        declared = TorchDistribution(made) if isinstance(made, td.Distribution) else d
+        if not is_real(declared.support):
+            raise ValueError(
+                f"{what} draws z from all of R^D, but {describe(d)} has a density on a part of it only; use "
+                f"{instead}"
+            )
 
 
 def _check_prior(q: Distribution, p: Distribution) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from .. import ops, random
 from ..core.checks import check_count, shape_of
 from ..core.reductions import stratified_log_weights
 from ..ops.mixture import check_components
-from .base import Distribution, hold, is_family
+from .base import Distribution, hold, is_family, support_of_mixture
 from .covariance import FullNormal, LowRankNormal
 from .draws import sample_as_stored
 from .normal import DiagonalNormal
@@ -170,6 +171,10 @@ class _Rows(_Components):
 
     def _parts(self) -> Sequence[Distribution]:
         return self.parts
+
+    @property
+    def support(self) -> Any:
+        return support_of_mixture(self.parts)
 
     @property
     def reaches_others(self) -> bool:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributions as td
 
 from .. import random
 from ..core.checks import check_count, check_tensor, shape_of
 from ..ops.op import accumulator
-from .base import Distribution, hold, is_family, is_real
+from .base import Distribution, hold, is_family, support_of_mixture
 from .draws import Drawable, draw_z, log_stratum_weights
 from .read import as_component
 from .wrapped import TorchDistribution, at_address
@@ -108,8 +107,7 @@ class Mixture(Distribution):
 
     @property
     def support(self) -> Any:
-        supports = [c.support for c in self.components]
-        return td.constraints.real if any(is_real(s) for s in supports) else supports[0]
+        return support_of_mixture(self.components)
 
     @property
     def z_dtype(self) -> torch.dtype | None:  # type: ignore[override]

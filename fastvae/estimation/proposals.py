@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.distributions import constraints
 
 from ..core.checks import check_count, check_number
 from ..core.hints import did_you_mean
-from ..distributions import Distribution, TorchDistribution
-from ..distributions.draws import describe
+from ..distributions import Distribution
+from ..distributions.draws import check_everywhere, describe
 from ..distributions.stratified import StratifiedMixture, expanded_at_address
 from ..inputs.batch import Inputs
 from .adaptive import AdaptedDraws, Fit
@@ -415,12 +414,7 @@ def as_proposal(proposal: Any, noise: str) -> Proposal:
 def _everywhere(name: str, q: Distribution, prior: Distribution) -> Distribution:
     """Return q, which must have a density and, like the prior, be over all of R^D."""
     _check_density(name, q)
-    for d in (q, prior):
-        if isinstance(d, TorchDistribution) and not _is_everywhere(d):
-            raise ValueError(
-                f"proposal={name!r} draws z from all of R^D, but {describe(d)} has a density on a "
-                "part of it only; use another proposal"
-            )
+    check_everywhere(f"proposal={name!r}", "another proposal", q, prior)
     return q
 
 
@@ -445,14 +439,3 @@ def _check_density(name: str, q: Distribution) -> None:
             f"proposal={name!r} needs the density of q at any z, but {describe(q)} has no log_prob; write "
             "one, or use proposal='posterior'"
         )
-
-
-def _is_everywhere(d: TorchDistribution) -> bool:
-    """Return True if the declared support is all of R^D, or unknown."""
-    try:
-        support = d.distribution.support
-    except NotImplementedError:
-        return True
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return isinstance(support, type(constraints.real))

@@ -39,7 +39,7 @@ from ..core.nested import Conditioning, all_tensors, event_size
 from ..core.torch_private import has_hooks
 from ..distributions import Distribution, FullNormal, StandardNormal, rsample_log_prob
 from ..distributions.base import is_family
-from ..distributions.draws import draw_z
+from ..distributions.draws import check_everywhere, draw_z
 from ..distributions.multivariate_t import MultivariateStudentT
 from ..distributions.stratified import StratifiedMixture, derived_seed, expanded_at_address
 from ..distributions.words import known_mean
@@ -208,7 +208,12 @@ class _Point(NamedTuple):
 def refined_posterior(
     inputs: Inputs, seed: Tensor, steps: int, diagonal: bool, chunks: Chunks
 ) -> Distribution:
-    """Return the Gaussian of the largest ELBO of each example, in the dtype of q's draws."""
+    """Return the Gaussian of the largest ELBO of each example, in the dtype of q's draws.
+
+    Raises:
+        ValueError: unless q and the prior are over all of R^D.
+    """
+    check_everywhere("vae.refine", "a q and a prior over all of R^D", inputs.q, inputs.prior)
     settings = Settings(steps, 16, 2, 0, 0, diagonal, 0.0, 0.0, 1.0)
     fitted = refine(inputs, seed, settings, 0, chunks)
     return with_latent_of(inputs.q, _gaussian(fitted, 1.0, example_of(inputs.q)))
