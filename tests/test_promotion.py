@@ -180,3 +180,70 @@ def test_ops(dtypes, backend):
         expected = op(*(t.to(wide) for t in (mu, logvar)), seed=seed, prior=(logvar[0], mu), **options)
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
+
+
+def _proposal(name):
+    return lambda x, q, decoder, **o: fastvae.log_marginal(x, q, decoder, k=300, proposal=name, **o)
+
+
+OBJECTIVES = {
+    "elbo": fastvae.elbo,
+    "elbo, kl=mc": lambda x, q, decoder, **o: fastvae.elbo(x, q, decoder, kl="mc", **o),
+    "iwae": fastvae.iwae,
+    "iwae, k_chunk": lambda x, q, decoder, **o: fastvae.iwae(x, q, decoder, k=K, k_chunk=2, **o),
+    "iwae, qmc": lambda x, q, decoder, **o: fastvae.iwae(x, q, decoder, noise="qmc", **o),
+    "iwae, dreg": lambda x, q, decoder, **o: fastvae.iwae(x, q, decoder, estimator="dreg", **o),
+    "beta_tc": fastvae.beta_tc,
+    "ais": lambda x, q, decoder, **o: fastvae.audit.ais(x, q, decoder, k=3, steps=4, **o),
+    **{name: _proposal(name) for name in ("posterior", "defensive", "adapted", "refined")},
+}
+OF_TORCH = {
+    "Normal": lambda mu, scale: td.Normal(mu, scale),
+    "Laplace": lambda mu, scale: td.Independent(td.Laplace(mu, scale), 1),
+    "StudentT": lambda mu, scale: td.Independent(td.StudentT(torch.full_like(mu, 5.0), mu, scale), 1),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("prior", ["none", "normal", "wide normal", "Laplace", "wide Laplace"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_decoder_gets_z_in_one_dtype(objective, prior, dtype):
+    """The dtype of the decoder's z depends on q and the prior, not on the objective, noise or proposal."""
+    wide = torch.float32 if prior.startswith("wide") else dtype
+    parameters = torch.zeros(D, dtype=wide, device=DEVICE), torch.zeros(D, dtype=wide, device=DEVICE)
+    kind = prior.split()[-1]
+    p = None if kind == "none" else parameters if kind == "normal" else Laplace(*parameters)
+    x, weight = rand(B, X, seed=1).round(), randn(D, X, seed=2)
+    q = randn(B, D, seed=3).to(dtype), torch.zeros(B, D, dtype=dtype, device=DEVICE)
+    seen = set()
+
+    def decoder(z):
+        seen.add(z.dtype)
+        return z.float() @ weight
+
+    value = OBJECTIVES[objective](x, q, decoder, prior=p, likelihood="bernoulli")
+    assert seen == {wide if kind == "normal" else dtype}
+    assert getattr(value, "log_px", value).isfinite().all()
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "beta_tc"])
+@pytest.mark.parametrize("family", OF_TORCH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_of_torchs_distributions(objective, family, dtype):
+    """A decoder in half precision gets z in its dtype, though torch's distributions are computed wide."""
+    x = rand(B, X, seed=1).round()
+    decoder = nn.Linear(D, X, device=DEVICE).to(dtype)
+    q = OF_TORCH[family](randn(B, D, seed=3).to(dtype), torch.ones(B, D, dtype=dtype, device=DEVICE))
+    value = OBJECTIVES[objective](x, q, decoder, likelihood="bernoulli")
+    assert getattr(value, "log_px", value).isfinite().all()
+
+
+def test_refine_a_posterior_in_half_precision():
+    """A refined posterior hands on z in the dtype of q's."""
+    encoder, decoder = (nn.Linear(n, m, device=DEVICE).bfloat16() for n, m in ((X, D), (D, X)))
+    vae = fastvae.VAE(
+        lambda x: td.Laplace(h := encoder(x), torch.ones_like(h)), decoder,
+        likelihood="bernoulli", modules=[encoder],
+    )  # fmt: skip
+    x = rand(B, X, seed=1).round().bfloat16()
+    assert fastvae.elbo(x, vae.refine(x), decoder, likelihood="bernoulli").isfinite()

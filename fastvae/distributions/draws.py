@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -23,6 +24,22 @@ from .wrapped import TorchDistribution
 # Stateless and shared: creating a module costs more than the kernels of a small batch.
 STANDARD = StandardNormal()
 _NOT_FUSED = object()
+
+
+def promoted(q: Distribution, p: Distribution) -> Distribution:
+    """Return a diagonal normal q in the dtype that the fused op of q and p draws z in.
+
+    Without it z would have q's own dtype wherever the composition draws it.
+    """
+    if not (is_family(q, DiagonalNormal) and is_family(p, DiagonalNormal)):
+        return q
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in (q.mu, q.logvar, p.mu, p.logvar)])
+    if q.mu.dtype == q.logvar.dtype == dtype:
+        return q
+    made = q.of(q.mu.to(dtype), q.logvar.to(dtype), q.latent)
+    if q.z_dtype is not None:
+        made.z_dtype = q.z_dtype
+    return made
 
 
 def fused_prior(q: Distribution, p: Distribution, seed: Tensor) -> Any:

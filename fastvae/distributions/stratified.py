@@ -315,6 +315,7 @@ class StratifiedMixture(Drawable):
         number: index that separates its noise from that of other mixtures with the same seed. Default 1.
         stays: bool [B], the examples drawn from the first component alone, with the noise that this
             component has on its own. Default: None, no examples.
+        dtype: dtype of z. Default: None, that of the first component with draws.
     """
 
     def __init__(
@@ -323,9 +324,10 @@ class StratifiedMixture(Drawable):
         shares: Sequence[float],
         number: int = 1,
         stays: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self._given = parts, shares, number
+        self._given, self._dtype = (parts, shares, number), dtype
         counts = [round(100 * share) for share in shares]
         counts[counts.index(max(counts))] += 100 - sum(counts)
         divisor = math.gcd(*counts)
@@ -349,7 +351,7 @@ class StratifiedMixture(Drawable):
         some = [part.rows(start, stop) for part in parts]
         known = [part for part in some if part is not None]
         stays = None if self._stays is None else self._stays[start:stop]
-        return StratifiedMixture(known, shares, number, stays) if len(known) == len(some) else None
+        return StratifiedMixture(known, shares, number, stays, self._dtype) if len(known) == len(some) else None
 
     @property
     def strata(self) -> int:  # type: ignore[override]
@@ -378,11 +380,12 @@ class StratifiedMixture(Drawable):
             drawn.append(draw_z(part, len(place), own_seed, first, row_offset))
             places.append(place)
         order = torch.cat(places).argsort().to(drawn[0].device)
-        z = torch.cat([d.to(drawn[0].dtype) for d in drawn])[order]
+        dtype = self._dtype or drawn[0].dtype
+        z = torch.cat([d.to(dtype) for d in drawn])[order]
         if self._stays is None:
             return z
         own = draw_z(self._own, samples, seed, sample_offset, row_offset)
-        return torch.where(self._stays[:, None], own, z.to(own.dtype))
+        return torch.where(self._stays[:, None], own.to(dtype), z)
 
     def log_stratum_weights(self, samples: int, seed: Tensor, *, sample_offset: int = 0) -> Tensor:
         """Return the log weight of each draw within a component that is itself a stratified mixture."""

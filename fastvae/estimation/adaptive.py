@@ -117,7 +117,7 @@ class AdaptedDraws(Draws):
         prior = expanded_at_address(self._inputs.prior, q.batch, like)
         if prior is None:
             prior, shares = q, [sum(shares[:2]), 0.0, shares[2]]
-        r = StratifiedMixture([q, prior, self._fitted], shares, self._number, self._stays)
+        r = StratifiedMixture([q, prior, self._fitted], shares, self._number, self._stays, like.dtype)
         self._inputs = self._inputs._replace(q=with_latent_of(q, r))
 
     def _everyones(self, numbers: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -101,9 +101,11 @@ class Draws:
 
 
 def with_latent_of(q: Distribution, r: Distribution) -> Distribution:
-    """Give the proposal r the latent shape of q."""
+    """Give the proposal r the latent shape of q, and the dtype of the decoder's z."""
     if r is not q and q.latent is not None:
         r.__dict__["latent"] = q.latent
+    if r is not q and q.z_dtype is not None:
+        r.__dict__["z_dtype"] = q.z_dtype
     return r
 
 

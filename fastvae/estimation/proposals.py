@@ -136,14 +136,15 @@ class Defensive(Proposal):
 
     def of(self, q: Distribution, prior: Distribution) -> Distribution:
         _check_density("defensive", q)
-        other = expanded_at_address(prior, q.batch, example_of(q))
+        like = example_of(q)
+        other = expanded_at_address(prior, q.batch, like)
         if other is None:
             raise ValueError(
                 "proposal='defensive' needs a prior that can be drawn from at an address, which "
                 f"{describe(prior)} cannot be: it has neither an expand nor a quantile function of torch's; "
                 "use another proposal, such as 'adapted'"
             )
-        return StratifiedMixture([q, other], [1 - self.share, self.share])
+        return StratifiedMixture([q, other], [1 - self.share, self.share], dtype=like.dtype)
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,9 @@ def _mixture(
     shares = settings.posterior, settings.prior
     prior = expanded_at_address(inputs.prior, batch, like)
     if prior is None:
-        return StratifiedMixture([exact, q, wide], [0.0, sum(shares), 1 - sum(shares)])
+        return StratifiedMixture([exact, q, wide], [0.0, sum(shares), 1 - sum(shares)], dtype=like.dtype)
     stays = _is_posterior(inputs, exact, prior, _seed(seed, _TRIAL), row_offset, chunks)
-    return StratifiedMixture([exact, q, prior, wide], [0.0, *shares, 1 - sum(shares)], 1, stays)
+    return StratifiedMixture([exact, q, prior, wide], [0.0, *shares, 1 - sum(shares)], 1, stays, like.dtype)
 
 
 def _is_posterior(

@@ -25,7 +25,7 @@ from ..core.nested import (
 )
 from ..core.sparse import at_rows
 from ..distributions import Distribution, as_posterior, as_prior
-from ..distributions.draws import STANDARD, check_support
+from ..distributions.draws import STANDARD, check_support, promoted
 from ..distributions.normal import diagonal
 from ..distributions.spatial import flat_prior
 from ..likelihoods.base import Likelihood
@@ -89,7 +89,7 @@ class Inputs(NamedTuple):
             prior = flat_prior(prior, q.latent, q.batch, q)
         if compared and q.support is not REAL:
             check_support(q, prior)
-        return cls(x, q, decoder, likelihood, prior, conditioning)
+        return cls(x, promoted(q, prior), decoder, likelihood, prior, conditioning)
 
     @property
     def device(self) -> torch.device:
