@@ -124,19 +124,19 @@ def difference(q: _LocLogScale, p: _LocLogScale) -> tuple[Tensor, Tensor, torch.
 @register_kl(Exponential, Exponential)
 def _kl_exponential(q: Exponential, p: Exponential) -> Tensor:
     _, u, dtype = difference(q.wide(), p.wide())
-    return expm1_minus(u).to(dtype)
+    return expm1_minus(u, dtype).to(dtype)
 
 
 @register_kl(LogNormal, LogNormal)
 def _kl_log_normal(q: LogNormal, p: LogNormal) -> Tensor:
     move, u, dtype = difference(q.wide(), p.wide())
-    return (0.5 * (expm1_minus(2 * u) + move.square())).to(dtype)
+    return (0.5 * (expm1_minus(2 * u, dtype) + move.square())).to(dtype)
 
 
 @register_kl(Laplace, Laplace)
 def _kl_laplace(q: Laplace, p: Laplace) -> Tensor:
     move, u, dtype = difference(q.wide(), p.wide())
-    return (expm1_minus(u) + torch.exp(u) * expm1_minus(-move.abs() * torch.exp(-u))).to(dtype)
+    return (expm1_minus(u, dtype) + torch.exp(u) * expm1_minus(-move.abs() * torch.exp(-u), dtype)).to(dtype)
 
 
 @register_kl(Gumbel, Gumbel)
@@ -146,4 +146,4 @@ def _kl_gumbel(q: Gumbel, p: Gumbel) -> Tensor:
     excess = torch.expm1(u)
     log_gamma = torch.lgamma(2 + excess)
     rest = log_gamma - (1 - EULER) * excess
-    return (expm1_minus(u) + rest + expm1_minus(log_gamma - move)).to(dtype)
+    return (expm1_minus(u, dtype) + rest + expm1_minus(log_gamma - move, dtype)).to(dtype)

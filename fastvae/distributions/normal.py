@@ -320,7 +320,7 @@ def _loc_log_scale(d: StandardNormal | DiagonalNormal, like: Tensor) -> tuple[Te
 @register_kl(Laplace, DiagonalNormal)
 def _kl_laplace_normal(q: Laplace, p: StandardNormal | DiagonalNormal) -> Tensor:
     move, u, dtype = difference(q.wide(), _loc_log_scale(p, q.loc))
-    rest = expm1_minus(2 * u + math.log(2)) + (math.log(math.pi) - 1)
+    rest = expm1_minus(2 * u + math.log(2), dtype) + (math.log(math.pi) - 1)
     return (0.5 * (rest + move.square())).to(dtype)
 
 
@@ -328,12 +328,12 @@ def _kl_laplace_normal(q: Laplace, p: StandardNormal | DiagonalNormal) -> Tensor
 @register_kl(Gumbel, DiagonalNormal)
 def _kl_gumbel_normal(q: Gumbel, p: StandardNormal | DiagonalNormal) -> Tensor:
     move, u, dtype = difference(q.wide(), _loc_log_scale(p, q.loc))
-    rest = expm1_minus(2 * u + math.log(math.pi**2 / 6)) + (math.log(math.pi**3 / 3) - 1 - 2 * EULER)
+    rest = expm1_minus(2 * u + math.log(math.pi**2 / 6), dtype) + (math.log(math.pi**3 / 3) - 1 - 2 * EULER)
     return (0.5 * (rest + (move + EULER * torch.exp(u)).square())).to(dtype)
 
 
 @register_kl(DiagonalNormal, Gumbel)
 def _kl_normal_gumbel(q: DiagonalNormal, p: Gumbel) -> Tensor:
     move, u, dtype = difference(_loc_log_scale(q, q.mu), p.wide())
-    rest = 0.5 * expm1_minus(2 * u) + (1 - 0.5 * math.log(2 * math.pi))
-    return (expm1_minus(0.5 * torch.exp(2 * u) - move) + rest).to(dtype)
+    rest = 0.5 * expm1_minus(2 * u, dtype) + (1 - 0.5 * math.log(2 * math.pi))
+    return (expm1_minus(0.5 * torch.exp(2 * u) - move, dtype) + rest).to(dtype)

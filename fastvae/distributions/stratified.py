@@ -351,7 +351,9 @@ class StratifiedMixture(Drawable):
         some = [part.rows(start, stop) for part in parts]
         known = [part for part in some if part is not None]
         stays = None if self._stays is None else self._stays[start:stop]
-        return StratifiedMixture(known, shares, number, stays, self._dtype) if len(known) == len(some) else None
+        return (
+            StratifiedMixture(known, shares, number, stays, self._dtype) if len(known) == len(some) else None
+        )
 
     @property
     def strata(self) -> int:  # type: ignore[override]
