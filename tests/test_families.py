@@ -1339,6 +1339,88 @@ def test_stl_freezes_the_parameters_of_a_flow():
     assert all(g is None or float(g.abs().max()) < 1e-12 for g in grads)
 
 
+class _Affine(nn.Module):
+    """Flow of one affine map with dropout.
+
+    The network runs at once, or, ``lazy``, in each density, once, and in each draw, twice. Then a draw is
+    ``addressed``, with its density, or it is by torch.
+    """
+
+    def __init__(self, how="eager"):
+        super().__init__()
+        self.how = how
+        self.net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Dropout(0.4), nn.Linear(16, 2 * D))
+        self.to(DEVICE)
+
+    def normal(self, context):
+        mu, logvar = self.net(context).chunk(2, 1)
+        return td.Independent(td.Normal(mu, (0.5 * logvar - 1).exp()), 1)
+
+    def forward(self, context):
+        made = self.normal(context)
+        return _Made(lambda: made if self.how == "eager" else self.normal(context), self.how, len(context))
+
+
+class _Made:
+    """Object of a flow library with a density and draws."""
+
+    def __init__(self, normal, how, batch):
+        self.normal, self.batch_shape = normal, torch.Size([batch])
+        if how == "addressed":
+            self.base = td.Independent(td.Normal(zeros(batch, D), zeros(batch, D) + 1), 1)
+            self.transform = self.inv = self
+
+    def log_prob(self, z):
+        return self.normal().log_prob(z)
+
+    def rsample(self, shape):
+        self.normal()
+        return self.normal().rsample(shape)
+
+    def call_and_ladj(self, eps):
+        self.normal()
+        normal = self.normal()
+        ladj = normal.stddev.log().sum(-1).expand(eps.shape[:-1])
+        return normal.mean + normal.stddev * eps, ladj
+
+
+def _of_flow(q, estimator):
+    torch.manual_seed(5)
+    decoder, options = nn.Linear(D, X).to(DEVICE), {"generator": generator(1), **BERNOULLI}
+    return fastvae.iwae(_data(torch.float32), q, decoder, k=K, estimator=estimator, **options)
+
+
+@pytest.mark.parametrize("estimator", ["stl", "dreg"])
+def test_dropout_in_a_flow_has_the_masks_of_the_draw(estimator):
+    """The density of a flow with dropout is that of its draw, or is refused if its masks come apart."""
+    context = randn(B, 2, seed=4)
+    q, addressed, lazy = (Flow(_Affine(how), context) for how in ("eager", "addressed", "lazy"))
+    with pytest.raises(RuntimeError, match=r"log q\(z\|x\) of Flow .* eval\(\)"):
+        _of_flow(addressed, estimator)
+    for each in (estimator, "iwae"):
+        with pytest.raises(RuntimeError, match="density of a Flow draws noise"):
+            _of_flow(lazy, each)
+    for made in (addressed, lazy):
+        made.flow.eval()
+    for made in (q, addressed, lazy):
+        torch.testing.assert_close(_of_flow(made, estimator), _of_flow(made, "iwae"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "stl"])
+def test_dropout_in_a_component_of_a_mixture_is_refused(estimator):
+    """The density of a mixture runs its components' networks again, for the draws of the others, too."""
+    flow, context = _Affine(), randn(B, 2, seed=4)
+    q = Mixture([Flow(flow, context), (zeros(B, D), zeros(B, D))])
+    with pytest.raises(RuntimeError, match="density of a Mixture draws noise"):
+        _of_flow(q, estimator)
+    with pytest.raises(RuntimeError, match="StratifiedMixture draws noise"):
+        StratifiedMixture(
+            [Flow(flow, context), DiagonalNormal(zeros(B, D), zeros(B, D))], [0.5, 0.5]
+        ).rsample_log_prob(K, SEED)
+    flow.eval()
+    assert bool(_of_flow(q, estimator).isfinite())
+
+
 def test_frozen_families_have_no_gradient():
     for name, make in POSTERIORS.items():
         q = as_posterior(make(Parameters()))

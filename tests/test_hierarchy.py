@@ -552,6 +552,121 @@ def test_networks_run_once_per_draw():
         assert sorted(calls) == [("p2", K * B), ("q1", B), ("q2", B)]
 
 
+class Dropped(nn.Module):
+    """Dropout by torch's generator that keeps its first mask in ``last``, or applies ``mask``."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask = self.last = None
+
+    def forward(self, h):
+        fixed = None if self.mask is None else self.mask[: len(h)]
+        mask = torch.rand(h.shape, dtype=h.dtype, device=h.device) if fixed is None else fixed
+        self.last = mask if self.last is None else self.last
+        return h * (mask > 0.3)
+
+
+class Noisy(nn.Module):
+    """Encoder and hierarchy whose networks have dropout, or another module that ``last`` makes."""
+
+    def __init__(self, merge, last=Dropped):
+        super().__init__()
+
+        def network(i, o):
+            layers = nn.Sequential(nn.Linear(i, 11), nn.Tanh(), last(), nn.Linear(11, o))
+            function = Module(lambda own, *given: own.layers(torch.cat(given, 1)))
+            function.layers = layers
+            return function
+
+        below = X if merge == "precision" else X + 4
+        self.decoder = nn.Linear(D1 + D2, X)
+        self.hierarchy = Hierarchy([
+            Level(D1, network(X, 2 * D1)),
+            Level(D2, network(below, 2 * D2), prior=network(4, 2 * D2), merge=merge,
+                  top_down=network(D1, 4)),
+        ])  # fmt: skip
+        self.to(DEVICE, F64)
+
+    def run(self, estimator, **options):
+        """Return the bound of an estimator, its gradients, and the random state after it."""
+        torch.manual_seed(3)
+        options |= {"likelihood": LIKELIHOOD, "k": K, "generator": generator(1)}
+        x, q = data(), self.hierarchy(data())
+        if estimator == "groups":
+            encoders, whole = fastvae.bounds.IWAE(groups=2), fastvae.bounds.IWAE()
+            value = fastvae.bound(x, q, self.decoder, whole, q_objective=encoders, **options)
+        elif estimator == "tvo":
+            value = fastvae.bound(x, q, self.decoder, fastvae.bounds.TVO(), **options)
+        else:
+            value = fastvae.iwae(x, q, self.decoder, estimator=estimator, **options)
+        return value, torch.autograd.grad(value, list(self.parameters())), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("estimator", ["stl", "dreg", "groups", "tvo"])
+def test_dropout_masks_are_those_of_the_draw(merge, estimator):
+    """Each density has the masks of the draw, so that value and gradients are those of fixed masks."""
+    model = Noisy(merge)
+    value, grads, state = model.run(estimator)
+    plain, _, state_of_iwae = model.run("iwae")
+    if estimator != "tvo":
+        torch.testing.assert_close(value, plain, rtol=1e-10, atol=1e-10)
+    assert DEVICE.type != "cpu" or torch.equal(state, state_of_iwae)
+    chunked = model.run(estimator, k_chunk=K)[1] if estimator in ("stl", "dreg") else grads
+    for module in model.modules():
+        if isinstance(module, Dropped):
+            module.mask = module.last
+    fixed, fixed_grads, _ = model.run(estimator)
+    torch.testing.assert_close(value, fixed, rtol=1e-10, atol=1e-10)
+    for one, other, in_chunks in zip(grads, fixed_grads, chunked, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(in_chunks, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["stl", "dreg", "groups", "tvo"])
+def test_buffers_are_updated_once_per_draw(estimator):
+    """BatchNorm's statistics after a step do not depend on the estimator."""
+    states = []
+    for each in ("iwae", estimator):
+        torch.manual_seed(0)
+        model = Noisy("residual", last=lambda: nn.BatchNorm1d(11))
+        model.run(each)
+        states.append(dict(model.named_buffers()))
+    counts = [int(t) for name, t in states[0].items() if name.endswith("tracked")]
+    assert counts == [1] * 4
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-10, atol=1e-12)
+
+
+def test_a_weight_that_buffers_determine_is_that_of_the_draw():
+    """Spectral norm, whose power iteration changes a weight in each run, changes no estimator's value."""
+    values = []
+    for estimator in ("iwae", "stl", "dreg"):
+        torch.manual_seed(0)
+        model = Noisy("residual", last=lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(11, 11)))
+        values.append(model.run(estimator)[0])
+    torch.testing.assert_close(values[1:], [values[0]] * 2, rtol=1e-10, atol=1e-10)
+
+
+def test_dropout_in_a_compiled_graph_is_refused_or_repeated():
+    """A compiled graph cannot repeat masks: with fullgraph=True it is refused, without it runs as eager."""
+    model = Noisy("residual", last=lambda: nn.Dropout(0.3))
+
+    def step(x):
+        return fastvae.iwae(x, model.hierarchy(x), model.decoder, k=K, estimator="stl", likelihood=LIKELIHOOD)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="dropout"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(data())
+    model.eval()
+    torch._dynamo.reset()
+    compiled, values = torch.compile(step, backend="aot_eager", fullgraph=True), []
+    for function in (step, compiled):
+        torch.manual_seed(2)
+        values.append(function(data()))
+    torch.testing.assert_close(*values, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("wrap", [lambda q: q, lambda q: fastvae.distributions.Mixture([q])])
 def test_the_number_of_latents_is_known_without_a_run(wrap):
     """A posterior names D without running its networks, and so do a VAE and the sleep phase."""

@@ -18,6 +18,7 @@ from .base import Distribution, Located, innermost, is_family, is_real
 from .closed_form import closed_kl
 from .flow import Flow
 from .normal import DiagonalNormal, StandardNormal
+from .runs import NO_RUNS, Runs, runs_of, without_noise
 from .tensors import fixed_at, frozen
 from .wrapped import TorchDistribution
 
@@ -208,22 +209,28 @@ def _composed(
         )
     if route == "iwae" and (drawn := q.rsample_log_ratio(p, samples, seed, **place)) is not None:
         return *drawn, None
+    runs = NO_RUNS if route == "iwae" else runs_of(q, p)
     if route == "score":
-        with torch.no_grad():
-            z, _ = rsample_log_prob(q, samples, seed, **place)
+        with torch.no_grad(), runs.of("q", q):
+            z, log_q = rsample_log_prob(q, samples, seed, **place)
         z = z.detach() if z.requires_grad else z  # if possible z itself, which transforms recognise
-        log_q = _log_prob(*fixed_at(q, z), "q(z|x)")
-        return z, _log_prob(*fixed_at(p, z), "p(z)") - log_q.detach(), log_q
-    z, log_q = rsample_log_prob(q, samples, seed, **place)
+        score = _at_fixed(q, z, runs, "q")
+        runs.check(describe(q), log_q, score)
+        return z, _at_fixed(p, z, runs, "p") - score.detach(), score
+    with runs.of("q", q):
+        z, log_q = rsample_log_prob(q, samples, seed, **place)
     if route not in ("iwae", "tied"):
         # q's parameters are frozen in its density, and reached through z alone.
-        through_z = _log_prob(_frozen(q, z, route), z, "q(z|x)")
+        through_z = _of_frozen(q, z, runs, "q", route)
+        runs.check(describe(q), log_q, through_z)
         # Half precision rounds z by as much as a narrow posterior's σ: take the value from the noise.
         log_q = with_gradient(log_q.detach(), through_z) if z.dtype.itemsize == 2 else through_z
     if route in ("iwae", "stl"):
-        return z, _log_prob(p, z, "p(z)") - log_q, None
-    log_p = _log_prob(*fixed_at(p, z), "p(z)")
-    log_ratio = _log_prob(_frozen(p, z, route), z, "p(z)") - log_q
+        with runs.of("p", p):
+            log_p = _log_prob(p, z, "p(z)")
+        return z, log_p - log_q, None
+    log_p = _at_fixed(p, z, runs, "p")
+    log_ratio = _of_frozen(p, z, runs, "p", route) - log_q
     z, log_ratio, q_grad = _Rerouted.apply(z, log_ratio, alpha, groups, route != "dreg")  # type: ignore[no-untyped-call]
     # The prior's parameters get the bound's gradient, at a detached z.
     return z, with_gradient(log_ratio, log_p), q_grad
@@ -234,22 +241,38 @@ def log_stratum_weights(q: Distribution, samples: int, seed: Tensor, sample_offs
     return q.log_stratum_weights(samples, seed, sample_offset=sample_offset) if q.strata > 1 else None
 
 
+_DENSITIES = {"q": "q(z|x)", "p": "p(z)"}
 _ASKED = {"paths": "estimator='dreg'", "tied": "a bound of the encoder's own"}
 
 
-def _frozen(distribution: Distribution, z: Tensor, route: str) -> Distribution:
-    """Return a frozen copy, or raise if a user's log_prob still reaches parameters elsewhere."""
+def _at_fixed(distribution: Distribution, z: Tensor, runs: Runs, role: str) -> Tensor:
+    """Return the log density at a detached z."""
+    of_fixed, value = fixed_at(distribution, z)
+    with runs.of(role, of_fixed):
+        return _log_prob(of_fixed, value, _DENSITIES[role])
+
+
+def _of_frozen(distribution: Distribution, z: Tensor, runs: Runs, role: str, route: str) -> Tensor:
+    """Return the log density at z with frozen parameters, or raise if it still reaches some elsewhere."""
     fixed: Distribution = frozen(distribution)
-    looked_at = distribution.reaches_others
-    of_fixed, value = fixed_at(fixed, z) if looked_at else (fixed, z)
-    if looked_at and of_fixed.log_prob(value[:2]).requires_grad:
+    if distribution.reaches_others:
+        _check_frozen(fixed, z, runs, role, route)
+    with runs.of(role, fixed):
+        return _log_prob(fixed, z, _DENSITIES[role])
+
+
+def _check_frozen(fixed: Distribution, z: Tensor, runs: Runs, role: str, route: str) -> None:
+    """Raise if a user's log_prob reaches parameters that are not frozen."""
+    of_fixed, value = fixed_at(fixed, z)
+    with runs.of(role, of_fixed):
+        reaches = of_fixed.log_prob(value[:2]).requires_grad
+    if reaches:
         raise RuntimeError(
-            f"{_ASKED.get(route, f'estimator={route!r}')} needs {describe(distribution)}.log_prob with its "
+            f"{_ASKED.get(route, f'estimator={route!r}')} needs {describe(fixed)}.log_prob with its "
             "parameters frozen, but it reaches some that are not its own tensors or modules: in a "
             "closure, a namedtuple, a compiled or scripted module. Keep them as attributes of the "
             "distribution, or use estimator='iwae'"
         )
-    return fixed
 
 
 class _Rerouted(torch.autograd.Function):
@@ -397,7 +420,7 @@ class Drawable(Distribution):
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
     ) -> tuple[Tensor, Tensor]:
         z = self.draw(samples, seed, sample_offset, row_offset)
-        return z, self.log_prob(z)
+        return z, without_noise(self, self.log_prob, z)
 
 
 def draw_z(q: Distribution, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:

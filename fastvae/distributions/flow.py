@@ -12,6 +12,7 @@ from torch import distributions as td
 from ..core.checks import check_tensor
 from ..core.seeding import seeded
 from .base import Distribution, hold, is_family
+from .runs import without_noise
 from .words import check_latents
 from .wrapped import TorchDistribution, at_address
 
@@ -108,7 +109,7 @@ class Flow(Distribution):
             return TorchDistribution(made).rsample_log_prob(samples, seed, **place)
         with seeded(seed, self.device, place.get("sample_offset", 0), place.get("row_offset", 0)):
             z = made.rsample((samples,))
-        return z, made.log_prob(z)
+        return z, without_noise(self, made.log_prob, z)
 
     def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0

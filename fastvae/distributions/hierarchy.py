@@ -19,6 +19,7 @@ from .base import Distribution, is_family
 from .draws import STANDARD, fused_prior
 from .level import Level, Step
 from .normal import DiagonalNormal
+from .runs import run
 
 
 class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
@@ -36,7 +37,8 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
     each dimension is averaged over batch and samples.
 
     The networks run when an objective draws: once for its draws, and for ``"stl"`` and ``"dreg"``, which
-    freeze q's parameters in its density, once more for each density.
+    freeze q's parameters in its density, once more for each density. These runs repeat the first: they have
+    its dropout masks, and update no buffers.
 
     Args:
         levels: a list of :class:`Level` from the top, whose latents are drawn first, to the bottom.
@@ -97,6 +99,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
                 )
         self.levels = nn.ModuleList(levels)
         self.dims = tuple(level.dim for level in levels)
+        self._networks = object()  # the same in frozen copies, and another one in a deepcopy
 
     @property
     def dim(self) -> int:
@@ -162,12 +165,17 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         for index in range(len(self.levels)):
             level = self._level(index)
             if level.top_down is not None:
-                state = level.top_down(shaped[-1]) if index == 1 else level.top_down(shaped[-1], state)
+                given = (shaped[-1],) if index == 1 else (shaped[-1], state)
+                state = self._run(index, "top_down", *given)
             elif index:
                 state = shaped[0] if index == 1 else torch.cat(shaped, 1)
             parts.append(visit(index, level, state))
             shaped.append(parts[-1].unflatten(1, level.event) if len(level.event) > 1 else parts[-1])
         return torch.cat(parts, 1)
+
+    def _run(self, index: int, name: str, *given: Any) -> Any:
+        """Call a level's network; the densities of a draw repeat the draw's runs."""
+        return run((self._networks, index, name), getattr(self._level(index), name), *given)
 
     def _level(self, index: int) -> Level:
         return self.levels[index]  # type: ignore[return-value]
@@ -176,7 +184,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         """Return a level's prior for these rows, with parameters broadcastable to [N, D]."""
         level = self._level(index)
         if level.has_conditional_prior:
-            return level.read(level.prior(state), rows, f"the prior of level {index + 1}")
+            return level.read(self._run(index, "prior", state), rows, f"the prior of level {index + 1}")
         return level.fixed_prior or STANDARD
 
     def _check_latents(self, z: Tensor) -> None:
@@ -365,7 +373,8 @@ class HierarchicalPosterior(Distribution):
         """Return the output of a level's posterior network."""
         level = self.hierarchy._level(index)
         given = (features,) if index == 0 or level.merge == "precision" else (features, state)
-        return level.read(level.posterior(*given), features.shape[0], f"the posterior of level {index + 1}")
+        output = self.hierarchy._run(index, "posterior", *given)
+        return level.read(output, features.shape[0], f"the posterior of level {index + 1}")
 
     def _step(self, index: int, state: Any, samples: int) -> tuple[Step, torch.dtype]:
         """Return a level's q and p given the state of the levels above, and z's dtype."""

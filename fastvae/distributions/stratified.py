@@ -15,6 +15,7 @@ from ..ops.op import accumulator
 from .base import Distribution, hold, is_family, support_of_mixture
 from .draws import Drawable, draw_z, log_stratum_weights
 from .read import as_component
+from .runs import without_noise
 from .wrapped import TorchDistribution, at_address
 
 
@@ -185,7 +186,7 @@ class Mixture(Distribution):
             return component.rsample_log_prob(count_each, _seed_of(component, seed, c), **place)[0]
 
         z = torch.cat(self._from_each(draw, seed)).index_select(0, places)
-        return z, self.log_prob(z)
+        return z, without_noise(self, self.log_prob, z)
 
     def _places(self, samples: int, seed: Tensor, sample_offset: int) -> tuple[int, int, Tensor]:
         """Return the first draw from each component, the number of draws, and each sample's place in these.

@@ -40,6 +40,17 @@ def tensors_of(value: Any, depth: int = 6, cached: bool = False) -> Iterator[Ten
             yield from tensors_of(part, depth, cached)
 
 
+def modules_in(part: Any) -> list[nn.Module]:
+    """Return the modules of a distribution and of containers, without those inside them."""
+    if isinstance(part, nn.Module):
+        return [part]
+    if isinstance(part, Holder):
+        return [m for each in vars(part).values() for m in modules_in(each)]
+    if isinstance(part, (tuple, list)):
+        return [m for each in part for m in modules_in(each)]
+    return []
+
+
 def frozen(value: Any) -> Any:
     """Return a frozen copy: the same values, with every parameter detached."""
     return mapped(value, lambda t: t.detach() if t.requires_grad else t)

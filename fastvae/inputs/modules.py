@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from ..core.digest import digest
 from ..core.nested import all_tensors
 from ..distributions import Distribution
-from ..distributions.tensors import tensors_of
+from ..distributions.tensors import modules_in, tensors_of
 from ..likelihoods.base import Likelihood
 from .last_layer import called_by
 
@@ -26,21 +26,7 @@ def modules_of(function: Callable[..., Any] | Distribution) -> list[nn.Module]:
     The modules that another callable reaches are unknown: its caller names them.
     """
     owner: Any = called_by(function)
-    if isinstance(owner, nn.Module):
-        return [owner]
-    if isinstance(owner, Distribution):
-        return [m for part in vars(owner).values() for m in _in_distribution(part)]
-    return []
-
-
-def _in_distribution(part: Any) -> list[nn.Module]:
-    if isinstance(part, nn.Module):
-        return [part]
-    if isinstance(part, Distribution):
-        return modules_of(part)
-    if isinstance(part, (tuple, list)):
-        return [m for each in part for m in _in_distribution(each)]
-    return []
+    return modules_in(owner) if isinstance(owner, (nn.Module, Distribution)) else []
 
 
 def is_known(function: Callable[..., Any] | Distribution) -> bool:
