@@ -20,6 +20,7 @@ from fastvae.distributions import (
     Distribution,
     FullNormal,
     Hierarchy,
+    Laplace,
     Level,
     Mixture,
     NormalMixture,
@@ -418,6 +419,27 @@ def test_modules_run_in_eval_mode_and_are_restored():
     assert vae.training and decoder.training
     decoder.eval()
     assert torch.equal(run(generator=generator(1)).log_px, first.log_px)
+
+
+@pytest.mark.parametrize("prior", [None, "Laplace"])
+@pytest.mark.parametrize("entry", ["posterior", "prior", "bdmc", "audit"])
+def test_a_decoder_that_changes_z_in_place(entry, prior):
+    """A first layer in place changes a copy of the chains' z, and no density."""
+    prior = prior and Laplace(torch.zeros(D, device=DEVICE), torch.zeros(D, device=DEVICE))
+    encoder, layer = nn.Linear(X, 2 * D, device=DEVICE), nn.Linear(D, X, device=DEVICE)
+    x, results = rand(B, X, seed=1).round(), []
+    for inplace in (False, True):
+        decoder = nn.Sequential(nn.LeakyReLU(0.2, inplace=inplace), layer)
+        vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli", prior=prior, latent_dim=D)
+        options = {"generator": generator(3)}
+        if entry == "bdmc":
+            results.append(vae.bdmc(n=B, k=C, steps=6, **options).lower)
+        elif entry == "audit":
+            found = vae.evaluate(x, k=60, audit=2, progress=False, **options)
+            results.append(found.audit.difference)
+        else:
+            results.append(vae.ais(x, k=C, steps=6, start=entry, **options).log_px)
+    assert torch.equal(*results)
 
 
 @torch.no_grad()

@@ -239,7 +239,8 @@ class Annealing:
             z = z.detach().requires_grad_()
             at = z.to(self.dtype)
             base = self.base.log_prob(at)
-            joint = self.inputs.log_likelihood(at, self.settings.chunks.see, frozen=True)
+            # A copy, which the decoder may change in place.
+            joint = self.inputs.log_likelihood(at.clone(), self.settings.chunks.see, frozen=True)
             slope_joint = _slope(joint, z)
             if slope_joint is None:
                 raise ValueError(
