@@ -40,7 +40,7 @@ from .inputs.batch import Inputs
 from .inputs.functions import as_registered
 from .inputs.last_layer import called_by, may_end_in_a_layer, run_to_last_layer
 from .inputs.misread import look_at_structure
-from .inputs.modules import check_modules, is_known
+from .inputs.modules import check_modules, evaluating, is_known
 from .likelihoods.base import Likelihood
 from .likelihoods.read import as_likelihood
 from .objectives.beta_tc import BetaTCTerms, beta_tc
@@ -326,8 +326,11 @@ class VAE(nn.Module):
 
         Options: ``k``, ``steps``, ``leapfrog``, ``start``, ``k_chunk``, ``mask``, ``size_factor``,
         ``context``, ``generator``, ``row_offset``.
+
+        The module, its encoder included, is in eval mode meanwhile.
         """
-        return ais(x, self._q(x, options), self.decoder, modules=[self], **self._meaning(), **options)
+        with evaluating([self]):
+            return ais(x, self._q(x, options), self.decoder, modules=[self], **self._meaning(), **options)
 
     def bdmc(self, **options: Unpack[BDMCOptions]) -> MarginalBounds:
         """Return :func:`fastvae.audit.bdmc` of the model; options are its keyword arguments.
@@ -511,7 +514,8 @@ class VAE(nn.Module):
         It starts from q(z|x) and takes natural-gradient steps towards the Gaussian of the largest ELBO; see
         :class:`fastvae.proposals.Refined`. As q of the objectives it has no gradient for the encoder:
         ``fastvae.elbo(x, vae.refine(x), vae.decoder)`` trains the decoder alone.
-        :func:`fastvae.diagnostics.inference_gaps` compares its ELBO with that of the encoder's q.
+        :func:`fastvae.diagnostics.inference_gaps` compares its ELBO with that of the encoder's q. The module
+        is in eval mode meanwhile.
 
         Args:
             x: data [B, \*event]; a dict of such tensors for a Joint.
@@ -540,8 +544,9 @@ class VAE(nn.Module):
             True
         """
         what = "steps", "the steps of the fit"
-        inputs, seed, steps, chunks = self._weighted(x, x, steps, None, mask, context, generator, what)
-        return refined_posterior(inputs, seed, steps, diagonal, chunks)
+        with evaluating([self]):
+            inputs, seed, steps, chunks = self._weighted(x, x, steps, None, mask, context, generator, what)
+            return refined_posterior(inputs, seed, steps, diagonal, chunks)
 
     @teaches
     @torch.no_grad()

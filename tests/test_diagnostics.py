@@ -262,3 +262,34 @@ def test_read_only_arrays_are_accepted():
         warnings.simplefilter("error")
         got = run(array, encoder)
     torch.testing.assert_close(got.log_px, run(x, encoder).log_px, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("entry", ["inference_gaps", "refine", "ais", "bdmc", "evaluate", "latents"])
+def test_estimates_are_of_the_model_in_eval_mode(entry):
+    """A model in training mode gives the numbers of eval mode, keeps its buffers, and stays in that mode."""
+    torch.manual_seed(0)
+
+    def norm(n, m, hidden):
+        layers = [nn.Linear(n, hidden), nn.BatchNorm1d(hidden), nn.Tanh(), nn.Dropout(0.3)]
+        return nn.Sequential(*layers, nn.Linear(hidden, m))
+
+    vae = fastvae.VAE(norm(7, 6, 11), norm(3, 7, 13), likelihood="bernoulli", latent_dim=3).to(DEVICE)
+    x = torch.rand(5, 7, device=DEVICE).round()
+    vae.elbo(x)  # the running statistics differ from those of a batch
+    vae.decoder[1].eval()
+    diagnostics = fastvae.diagnostics
+    run = {
+        "inference_gaps": lambda **o: diagnostics.inference_gaps(vae, x, k=80, **o).inference,
+        "refine": lambda **o: vae.refine(x, **o).mu,
+        "ais": lambda **o: vae.ais(x, k=4, steps=6, **o).log_px,
+        "bdmc": lambda **o: vae.bdmc(n=6, k=4, steps=6, **o).lower,
+        "evaluate": lambda **o: vae.evaluate(x, k=80, proposal="refined", progress=False, **o).log_px,
+        "latents": lambda **o: torch.as_tensor(diagnostics.latents(vae, x, **o).kl),
+    }[entry]
+    state = {name: value.clone() for name, value in vae.state_dict().items()}
+    modes = [module.training for module in vae.modules()]
+    found = run(generator=torch.Generator(DEVICE).manual_seed(3))
+    assert [module.training for module in vae.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items())
+    vae.eval()
+    assert torch.equal(found, run(generator=torch.Generator(DEVICE).manual_seed(3)))

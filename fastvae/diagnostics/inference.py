@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.checks import check_count
 from ..estimation.proposals import Refined
+from ..inputs.modules import evaluating
 from ..objectives.elbo import elbo
 from ..vae import VAE
 
@@ -67,8 +68,8 @@ def inference_gaps(
               + \underbrace{L[q^*] - L[q_φ]}_{\text{amortization}}
 
     :math:`q^*` is the normal distribution of the largest ELBO, found for each example by
-    :meth:`fastvae.VAE.refine`. A large approximation gap asks for a richer q, a large amortization gap for a
-    larger encoder or longer training of it.
+    :meth:`fastvae.VAE.refine`, with the model in eval mode. A large approximation gap asks for a richer q, a
+    large amortization gap for a larger encoder or longer training of it.
 
     Args:
         vae: the model.
@@ -100,7 +101,6 @@ def inference_gaps(
     """
     k = check_count("k", k, "the draws per example for log p(x)")
     given = {"mask": mask, "context": context}
-    best = vae.refine(x, steps=steps, diagonal=diagonal, generator=generator, **given)
     options = {"generator": generator, **given}
     posterior, decoder, likelihood, prior = vae.evaluated_parts()
 
@@ -110,6 +110,8 @@ def inference_gaps(
         )
         return value.double()
 
-    found = vae.log_marginal(x, k=k, proposal=Refined(), **options)
-    top, log_px = bound(best), found.log_px.double()
-    return InferenceGaps(log_px - top, top - bound(posterior(x, context)), log_px, found.khat)
+    with evaluating([vae]):
+        best = vae.refine(x, steps=steps, diagonal=diagonal, **options)
+        found = vae.log_marginal(x, k=k, proposal=Refined(), **options)
+        top, log_px = bound(best), found.log_px.double()
+        return InferenceGaps(log_px - top, top - bound(posterior(x, context)), log_px, found.khat)
