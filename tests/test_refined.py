@@ -652,3 +652,83 @@ def test_a_fused_head_has_the_derivatives_of_its_layers(likelihood):
         _, by_head = torch.func.jvp(lambda z: read(head(z), None), (z,), (tangent,))
         _, by_layers = torch.func.jvp(nn.Sequential(body, last), (z,), (tangent,))
     torch.testing.assert_close(by_head, by_layers)
+
+
+class _Curved(nn.Module):
+    """Prior's flow with a jump in its second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.linspace(-0.5, 0.5, D))
+
+    def forward(self):
+        normal = torch.distributions.Normal(self.shift, torch.ones_like(self.shift))
+        return torch.distributions.Independent(
+            torch.distributions.TransformedDistribution(normal, [_Kink()]), 1
+        )
+
+
+class _Kink(torch.distributions.transforms.Transform):
+    domain = codomain = torch.distributions.constraints.real
+    bijective, sign = True, 1
+
+    def _call(self, x):
+        return torch.where(x > 0, x + x.square(), x)
+
+    def _inverse(self, y):
+        return torch.where(y > 0, 2 * y / (1 + (1 + 4 * y.clamp(min=0)).sqrt()), y)
+
+    def log_abs_det_jacobian(self, x, y):
+        return torch.where(x > 0, torch.log1p(2 * x.clamp(min=0)), 0.0)
+
+
+BATCH_PRIORS = {
+    "Laplace": lambda: distributions.Laplace(torch.zeros(D), torch.zeros(D)),
+    "mixture": lambda: distributions.NormalMixture(_randn(4, D, seed=2).cpu(), torch.zeros(4, D) - 1),
+    "flow": lambda: distributions.Flow(_Curved()),
+}
+
+
+@pytest.mark.parametrize("prior", BATCH_PRIORS)
+def test_results_do_not_depend_on_the_batch_size(prior):
+    """An example's fit, with the differences of its prior's gradient, is the same in any batch.
+
+    In double precision: rounding may decide whether a step is taken.
+    """
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Linear(D, 11), nn.Tanh(), nn.Linear(11, X))
+    encoder = nn.Linear(X, 2 * D)
+    vae = fastvae.VAE(encoder, decoder, likelihood="bernoulli", prior=BATCH_PRIORS[prior]())
+    vae = vae.to(DEVICE, torch.float64)
+    x = _randn(23, X, seed=3).double().sigmoid().round()
+    options = {"k": 300, "proposal": "refined", "progress": False}
+    whole, parts = (
+        vae.evaluate(x, batch_size=size, generator=_generator(3), **options).log_px for size in (100, 4)
+    )
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-9)
+
+
+def test_a_prior_with_a_kink_has_a_curvature():
+    """Differences over a draw's own width see a kink that a small step would meet by chance alone."""
+    x, decoder = _randn(B, X, seed=3).sigmoid().round(), Wavy().to(DEVICE)
+    prior = distributions.Laplace(torch.zeros(D, device=DEVICE), torch.zeros(D, device=DEVICE))
+    q = _randn(B, 2 * D, seed=4)
+    options = {"k": 4000, "likelihood": "bernoulli", "prior": prior, "generator": _generator(1)}
+    plain = proposals.Refined(adapted=False, moment_steps=0)
+    found = fastvae.log_marginal(x, q, decoder, proposal=plain, **options)
+    assert found.ess.median() > 1200
+
+
+def test_an_example_without_a_variance_changes_no_other():
+    """Moments of examples whose variance is infinite are from draws, the others' are q's own."""
+    df = torch.full((B, 1), 5.0, device=DEVICE)
+    df[1] = 1.5
+    loc, scale = _randn(B, D, seed=1), torch.ones(B, D, device=DEVICE)
+    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    with_it, without = (
+        refined._moments(distributions.as_posterior(torch.distributions.StudentT(d, loc, scale)), seed, 0)
+        for d in (df, torch.full_like(df, 5.0))
+    )
+    others = torch.arange(B, device=DEVICE) != 1
+    for a, b in zip(with_it, without, strict=True):
+        assert torch.equal(a[others], b[others]) and a.isfinite().all()

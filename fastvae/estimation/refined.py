@@ -253,7 +253,7 @@ def refine(inputs: Inputs, seed: Tensor, settings: Settings, row_offset: int, ch
     for step in range(settings.steps):
         if bool(moved.any()):
             z = _at(point.mean, point.precision, noise(settings.curvature_draws, 1 + step)).to(like.dtype)
-            found = _curvature(inputs, z, int(seed) + step, row_offset, chunks)
+            found = _curvature(inputs, z, point.precision, int(seed) + step, row_offset, chunks)
             if settings.diagonal:
                 found = torch.diag_embed(found.diagonal(dim1=1, dim2=2))
             curvature = torch.where(moved[:, None, None], found, curvature)
@@ -297,6 +297,8 @@ def _towards_moments(
     excess = (excess + excess.mT) / 2 - shift[:, :, None] * shift[:, None]
     kept = 0.0 if diagonal else (ess / (ess + mean.shape[1]))[:, None, None]
     excess = kept * excess + (1 - kept) * torch.diag_embed(excess.diagonal(dim1=1, dim2=2))
+    # One example that is not finite would fail all of the batch.
+    excess = torch.where(excess.isfinite().all((1, 2), keepdim=True), excess, 0.0)
     try:
         values, vectors = torch.linalg.eigh(excess)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # gradients of any size
@@ -317,7 +319,12 @@ def _moments(q: Distribution, seed: Tensor, row_offset: int) -> tuple[Tensor, Te
         variance = None
     if mean is None or variance is None or not bool(variance.isfinite().all()):
         z = rsample_log_prob(q, _MOMENTS, _seed(seed, _MOMENTS), row_offset=row_offset)[0].double()
-        mean, variance = z.mean(0), z.var(0)
+        of_draws, spread = z.mean(0), z.var(0)
+        if mean is None or variance is None:
+            mean, variance = of_draws, spread
+        # The other examples keep the moments that they have in any batch.
+        sound = variance.isfinite().all(1, keepdim=True)
+        mean, variance = torch.where(sound, mean, of_draws), torch.where(sound, variance, spread)
     return mean.double(), variance.double().clamp(min=1e-12)
 
 
@@ -357,8 +364,10 @@ def _log_joint_gradient(inputs: Inputs, z: Tensor, chunks: Chunks) -> tuple[Tens
     return torch.cat(values), torch.cat(gradients)
 
 
-def _curvature(inputs: Inputs, z: Tensor, key: int, row_offset: int, chunks: Chunks) -> Tensor:
-    """Return the mean over draws z [n, B, D] of the Gauss–Newton matrix [B, D, D]."""
+def _curvature(
+    inputs: Inputs, z: Tensor, precision: Tensor, key: int, row_offset: int, chunks: Chunks
+) -> Tensor:
+    """Return the mean of the Gauss–Newton matrix [B, D, D] over draws z [n, B, D] of this precision."""
     n, batch, d = z.shape
     total = torch.zeros(batch, d, d, dtype=torch.float64, device=z.device)
     size = max(1, _NUMBERS // max(1, d * event_size(inputs.x)))
@@ -369,7 +378,7 @@ def _curvature(inputs: Inputs, z: Tensor, key: int, row_offset: int, chunks: Chu
         for draw in z[:, start : start + size]:
             for scores in _scores(part, draw, keys, chunks):
                 total[start : start + size] += torch.einsum("dbe,cbe->bdc", scores, scores).double()
-    return total / n + _prior_precision(inputs, z)
+    return total / n + _prior_precision(inputs, z, precision)
 
 
 def _key(key: int, row: int) -> int:
@@ -538,8 +547,11 @@ def _parts(
         yield _Part(part, x[name], parameters[name], jacobian[name], conditioning.part(name), weight)  # type: ignore[arg-type]
 
 
-def _prior_precision(inputs: Inputs, z: Tensor) -> Tensor:
-    """Return the prior's precision [D, D], or the mean of its negative Hessian at z [n, B, D], [B, D, D]."""
+def _prior_precision(inputs: Inputs, z: Tensor, precision: Tensor) -> Tensor:
+    """Return the prior's precision [D, D], or the mean of its negative Hessian at z [n, B, D], [B, D, D].
+
+    ``precision`` [B, D, D] is that of the draws z.
+    """
     d = z.shape[2]
     eye = torch.eye(d, dtype=torch.float64, device=z.device)
     if is_family(inputs.prior, StandardNormal):
@@ -551,15 +563,17 @@ def _prior_precision(inputs: Inputs, z: Tensor) -> Tensor:
             (found,) = torch.autograd.grad(inputs.prior.log_prob(leaf).sum(), leaf)
         return found.double()
 
-    # Central differences: the gradients of some priors have none themselves.
+    # Central differences: the gradients of some priors have none themselves, or jump. A step of the example's
+    # own standard deviation smooths them over its draws, whatever the rest of the batch is.
     wide = z.double()
-    step = 1e-2 * wide.std((0, 1), correction=0).clamp(min=1e-2)
+    variance = torch.linalg.inv_ex(precision).inverse.diagonal(dim1=1, dim2=2)
+    step = variance.nan_to_num(1.0).clamp(1e-8, 1e8).sqrt()
     columns = [
-        (gradient(wide - s * e) - gradient(wide + s * e)).mean(0) / (2 * s)
-        for s, e in zip(step, eye, strict=True)
+        (gradient(wide - s[:, None] * e) - gradient(wide + s[:, None] * e)).mean(0) / (2 * s[:, None])
+        for s, e in zip(step.mT, eye, strict=True)
     ]
     hessian = torch.stack(columns, -1).nan_to_num()
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     # The density of a mixture is convex between its components.
-    precision: Tensor = (vectors * values.clamp(min=1e-3)[:, None]) @ vectors.mT
-    return precision
+    found: Tensor = (vectors * values.clamp(min=1e-3)[:, None]) @ vectors.mT
+    return found
