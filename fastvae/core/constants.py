@@ -15,7 +15,7 @@ _Result = TypeVar("_Result")
 
 
 def cached_constant(most: int) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
-    """Cache a function's tensors, which depend on its arguments alone, for up to ``most`` sets of these.
+    """Cache a function's tensors, which depend on its arguments alone, up to ``most`` times.
 
     Autograd saves no tensor of inference mode, and a tensor of a fake mode or of a transform ends with it:
     cached tensors belong to no mode. The function must name the device of each tensor that it creates.
