@@ -80,7 +80,7 @@ with fastvae.use_backend("triton"):
     launching.clear_caches()
     near, far = launched(calls["rsample_kl"]), launched(lambda: calls["rsample_kl"](7))
     assert known() == 2
-    assert described(near[0])[1][7] == "0" and described(far[0])[1][7] == "7", described(far[0])
+    assert described(near[0])[1][8] == "0" and described(far[0])[1][8] == "7", described(far[0])
     # An offset beyond 2^31 has another type, and needs another program.
     launched(lambda: calls["rsample_kl"](2**31))
     assert known() == 4
