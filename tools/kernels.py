@@ -141,7 +141,7 @@ def with_bounds(engine, declared, dtype) -> Iterator:
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     counter = tensor(1, dtype=torch.int32)
-    for k, b, x in ((5, 128, 784), (1, 128, 784), (1, 2, 12288)):
+    for k, b, x in ((5, 128, 784), (1, 128, 784), (1, 2, 6144)):
         data, given = tensor(b, x), [tensor(k, b, x, dtype=dtype) for _ in declared.outputs]
         for over, term, beta in (
             ("log_mean_exp", tensor(k, b, dtype=wide), None),
@@ -149,7 +149,7 @@ def with_bounds(engine, declared, dtype) -> Iterator:
         ):
             how = BoundReduction(-0.5 if beta is None else 1.0, over, "mean" if beta is None else "none")
             yield (
-                f"{declared.name} and its bound {str(dtype)[6:]} [{k}, {b}, {x}], {over}",
+                f"{declared.name}_log_prob and its bound {str(dtype)[6:]} [{k}, {b}, {x}], {over}",
                 lambda d=data, g=given, t=term, b=beta, h=how: engine.log_prob_bound(
                     declared, d, g, t, b, h, counter
                 ),

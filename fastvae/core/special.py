@@ -41,6 +41,8 @@ def expm1_minus(u: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     It is a series near 0: in float64 where |u| < 1/8 (next term < 1e-17). Less precise results are
     differences in float64 but where |u| < 1e-4, and take a third of the operations.
     """
+    if has_torch_function_unary(u):
+        return handle_torch_function(expm1_minus, (u,), u)
     if not _is_precise(u, dtype):
         near, wide = u.clamp(-_NEAR, _NEAR), u.double()
         far = torch.expm1(wide) - wide.clamp(max=710)
