@@ -782,9 +782,22 @@ LOCATED = {
 }
 
 
+# Priors to which a family has a KL in closed form, which may be infinite. Torch's of a gamma and a Gumbel
+# is NaN for the narrow ones, in float64, too: exp(loc / scale) overflows.
+CLOSED = {
+    "normal": ["normal", "laplace", "gumbel", "torch gumbel", "gamma"],
+    "laplace": ["normal", "laplace", "gamma"],
+    "gumbel": ["normal", "gumbel", "torch gumbel", "gamma"],
+    "full": ["normal"],
+    "torch laplace": ["normal", "laplace", "gamma"],
+    "torch gumbel": ["normal", "gumbel", "torch gumbel", "gamma"],
+    "uniform": ["normal", "gumbel", "torch gumbel", "gamma"],
+    "gamma": ["normal", "gamma"],
+}
+
+
 @pytest.mark.parametrize("loc, scale", [(0.3, 1.1), (20.0, 0.01), (1.0, 0.001)])
-@pytest.mark.parametrize("p", ["normal", "laplace", "gumbel", "torch gumbel", "gamma"])
-@pytest.mark.parametrize("q", LOCATED)
+@pytest.mark.parametrize("q, p", [(q, p) for q, priors in CLOSED.items() for p in priors])
 def test_a_kl_to_a_narrow_prior_far_from_zero_is_accurate(q, p, loc, scale):
     """In float32 nothing cancels: the KL is that of the same parameters in float64."""
     of_q = LOCATED[q]((loc + scale * randn(B, D, seed=1)).abs(), scale * randn(B, D, seed=2).exp())
@@ -792,8 +805,6 @@ def test_a_kl_to_a_narrow_prior_far_from_zero_is_accurate(q, p, loc, scale):
     pair = as_posterior(of_q), as_prior(of_p)
     single = closed_kl(*pair)
     exact = closed_kl(*(mapped(d, torch.Tensor.double) for d in pair))
-    if single is None or not bool(exact.isfinite().all()):
-        pytest.skip("no closed form, or none of torch's without an overflow")
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), exact, rtol=3e-5, atol=1e-5)
 
