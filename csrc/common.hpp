@@ -268,6 +268,19 @@ FASTVAE_INLINE double sum_over(int n, F term) {
   return total;
 }
 
+// The sum of kSize numbers, a power of two, which are overwritten: one after the other they would wait for
+// each other.
+template <int kSize>
+FASTVAE_INLINE double sum_in_halves(double* p) {
+  if constexpr (kSize == 1) {
+    return *p;
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kSize / 2; ++i) p[i] += p[i + kSize / 2];
+    return sum_in_halves<kSize / 2>(p);
+  }
+}
+
 // Adds the sum of row r of a buffered tile to sums[r], in the order of sum_over.
 template <class C>
 FASTVAE_LOOP void add_row_sums(const C* p, const Tile& t, double* sums) {

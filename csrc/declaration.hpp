@@ -23,7 +23,8 @@ struct Declaration {
   // where most of x is 0, the other elements are gathered and computed separately.
   static constexpr bool kSparse = false, kSparseGradient = false;
   // value() leaves out a factor 1 + odds, odds in [0, 1], whose logarithm is to be added: elements share
-  // logarithms.
+  // logarithms. value_if_finite() is a cheaper value() that may be NaN where value() is infinite or the limit
+  // of 0 * inf: where a sum is not finite it is computed again.
   static constexpr bool kSharedLog = false;
   // log p = kFactor * sum(kConstant + value).
   static constexpr double kFactor = 1, kConstant = 0;

@@ -75,6 +75,19 @@ FASTVAE_INLINE float exp_negative(float x) {
   return (s * e.p + s) * 0x1p-64f;
 }
 FASTVAE_INLINE double exp_negative(double x) { return __builtin_exp(x); }
+// exp(-x) for x >= 0; 0 where that is below the normal numbers, which saves a third of the steps.
+FASTVAE_INLINE float exp_minus(float x) {
+  constexpr float shift = 12582912.0f + 127.0f;  // leaves the nearest integer and the exponent's bias
+  const float most = x > 88.0f ? 88.0f : x;      // there the exponent's bits are 0
+  const float rounded = most * -1.44269504088896341f + shift, n = rounded - shift;
+  const float t = (n * -0.693359375f - most) + n * 2.12194440e-4f, t2 = t * t;
+  // exp(t) to 3e-9; of this degree not to 1 ulp of exp(t) - 1.
+  const float q = (1.3820911990e-3f * t2 + (8.3686700091e-3f * t + 4.1668262333e-2f)) * t2 +
+                  (1.6666521132e-1f * t + 4.9999994040e-1f);
+  const float s = bit_cast<float>(bit_cast<std::uint32_t>(rounded) << 23);
+  return s * (t + t2 * q) + s;
+}
+FASTVAE_INLINE double exp_minus(double x) { return __builtin_exp(-x); }
 // exp(x), or 1 for x > 0.
 template <class C>
 FASTVAE_INLINE C exp_up_to_1(C x) {

@@ -190,17 +190,17 @@ struct Layer {
   }
 #endif
 
-  // Computes out (n, X) from h (n, H).
-  void outputs(i64 n, const C* h, C* out) const {
+  // Computes out (n, X) from h (n, H), rows `h_row` apart.
+  void outputs(i64 n, const C* h, i64 h_row, C* out) const {
 #if FASTVAE_VECTOR_BYTES >= 32
     if constexpr (std::is_same<C, float>::value) {
       if (use_tiles())
-        return product<true>(n, columns, inner, h, inner, packed, kPanel, kPanel * inner, bias, false, out,
+        return product<true>(n, columns, inner, h, h_row, packed, kPanel, kPanel * inner, bias, false, out,
                              columns);
     }
 #endif
     for (i64 i = 0; i < n && bias; ++i) copy(out + i * columns, bias, static_cast<int>(columns));
-    gemm('T', 'N', columns, n, inner, weight, stride, h, inner, bias ? C(1) : C(0), out, columns);
+    gemm('T', 'N', columns, n, inner, weight, stride, h, h_row, bias ? C(1) : C(0), out, columns);
   }
   // Computes the gradient of h (n, H) from that of the outputs (n, X); adds to the existing values, or not.
   void to_inputs(i64 n, const C* grad, bool add, C* to) const {

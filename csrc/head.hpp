@@ -4,6 +4,8 @@
 // For the mathematics see fastvae/ops/head.py.
 #pragma once
 
+#include <limits>
+
 #include "activations.hpp"
 #include "common.hpp"
 #include "elementary.hpp"
@@ -180,21 +182,41 @@ struct HeadWorker {
       }
     }
   }
+  // Inputs of a layer, rows `stride` apart.
+  struct Inputs {
+    const C* data;
+    i64 stride;
+  };
+  // Those of a block where h has them as a matrix that a product can read; otherwise null.
+  Inputs in_place(const Block& block) const {
+    const Storage<C>& s = storage<C>(a.h.dtype);
+    const bool even = block.rows == 1 || block.rows == a.rows();
+    const i64 stride = block.rows < a.rows() ? a.rows() * a.h.s0 : a.h.s0;
+    if (!s.in_place || !even || a.h.s1 != 1 || stride < a.h.n1 || stride > std::numeric_limits<int>::max())
+      return {};
+    const i64 row = block.k * a.rows() + block.b;
+    return {pointer<const C>(a.h.data + static_cast<address>(row * a.h.s0 * s.size)), stride};
+  }
   // The outputs of a block, one after the other, each (samples, rows, X).
   void forward(const Block& block, i64 at, bool backward) const {
     const i64 n = block.size();
-    gather(block, stage(0, at));
+    Inputs from = backward ? Inputs{} : in_place(block);
+    if (!from.data) {
+      from = {stage(0, at), a.h.n1};
+      gather(block, stage(0, at));
+    }
     for (int i = 1; i <= a.hidden; ++i) {
       const Activation& activation = a.activation[i - 1];
       C* const values = stage(i, at);
       const i64 size = n * a.width(i);
-      layers[kMostParameters + i - 1].outputs(n, stage(i - 1, at), values);
+      layers[kMostParameters + i - 1].outputs(n, from.data, from.stride, values);
+      from = {values, a.width(i)};
       if (backward && !slope_of_value(activation))
         std::memcpy(argument(i, at), values, static_cast<std::size_t>(size) * sizeof(C));
       activate(activation, size, values);
     }
     for (int j = 0; j < a.linear; ++j)
-      layers[j].outputs(n, stage(a.hidden, at), outputs.data + (at * a.linear + j * n) * columns);
+      layers[j].outputs(n, from.data, from.stride, outputs.data + (at * a.linear + j * n) * columns);
   }
   // The block as the engine takes it.
   Rows rows(const Block& block, const C* from) const {

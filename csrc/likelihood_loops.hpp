@@ -47,6 +47,13 @@ FASTVAE_INLINE Element<C> with_data(const TileArrays<C>& a, i64 i, Element<C> e)
   return e;
 }
 
+// The terms of four vectors are independent: gathered by GCC's first scheduling pass, their constants and
+// sums would not fit the registers.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("no-schedule-insns")
+#endif
+
 // Sums value + log(1 + odds) of term(i) over [0, n): blocks in which each lane of four vectors adds 16 values
 // and multiplies 16 factors, so that one logarithm serves 64 elements and no product overflows. With 1 + e =
 // (1 + a)(1 + b), e = a + b (1 + a) keeps the relative accuracy that 1 + e would lose.
@@ -91,21 +98,35 @@ FASTVAE_INLINE double sum_sharing_logs(int n, F term) {
     *reinterpret_cast<V*>(odds) = product[0];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) *reinterpret_cast<V*>(values + v * lanes) = sum[v];
-    double part = 0;
-#pragma omp simd reduction(+ : part)
-    for (i64 j = 0; j < width; ++j) part += value_to[j];
-#pragma omp simd reduction(+ : part)
-    for (i64 j = 0; j < lanes; ++j) part += log1p_(odds_to[j]);
-    total += part;
+    alignas(kVectorBytes) double part[lanes];
+    double* const part_to = part;
+#pragma omp simd
+    for (i64 j = 0; j < lanes; ++j)
+      part_to[j] =
+          (static_cast<double>(value_to[j]) + static_cast<double>(value_to[j + lanes])) +
+          (static_cast<double>(value_to[j + 2 * lanes]) + static_cast<double>(value_to[j + 3 * lanes])) +
+          static_cast<double>(log1p_(odds_to[j]));
+    total += sum_in_halves<lanes>(part);
   }
   return total;
 }
 
-template <class L, bool kReady, bool kMasked, class C>
-FASTVAE_LOOP double sum_of(int n, const TileArrays<C>& a) {
+template <class L, class = void>
+constexpr bool has_value_if_finite = false;
+template <class L>
+constexpr bool has_value_if_finite<L, std::void_t<decltype(&L::template value_if_finite<float>)>> = true;
+
+template <class L, bool kFinite, bool kReady, bool kMasked, class C>
+FASTVAE_LOOP double sum_with(int n, const TileArrays<C>& a) {
   const auto term = [=](i64 i) FASTVAE_INLINED {
     C own = 0;
-    Value<C> v = L::value(with_data<L, true>(a, i, element<L, kReady>(a, i, own)));
+    const Element<C> e = with_data<L, true>(a, i, element<L, kReady>(a, i, own));
+    Value<C> v;
+    if constexpr (kFinite) {
+      v = L::value_if_finite(e);
+    } else {
+      v = L::value(e);
+    }
     // Not 0 + value: the compiler cannot drop the addition, because of the sign of 0.
     if (L::kHooked >= 0 && !kReady) v.value = own + v.value;
     if (kMasked) v = {kept(v.value, a.seen[i]), kept(v.odds, a.seen[i])};
@@ -116,6 +137,19 @@ FASTVAE_LOOP double sum_of(int n, const TileArrays<C>& a) {
   } else {
     return sum_over<C>(n, [=](int i) FASTVAE_INLINED { return term(i).value; });
   }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+
+template <class L, bool kReady, bool kMasked, class C>
+double sum_of(int n, const TileArrays<C>& a) {
+  if constexpr (has_value_if_finite<L>) {
+    const double sum = sum_with<L, true, kReady, kMasked>(n, a);
+    if (sum - sum == 0) return sum;
+  }
+  return sum_with<L, false, kReady, kMasked>(n, a);
 }
 
 // Each element's term, logarithms not shared: for rows too short for that.

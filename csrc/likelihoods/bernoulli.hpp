@@ -15,10 +15,14 @@ struct Bernoulli : Declaration {
   template <class C>
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
     const C l = e.p0, magnitude = abs_(l);
-    const C odds = exp_negative(-magnitude);
     // 0 * inf is 0: log p is 0 where x is certain.
     const C miss = l > C(0) ? C(1) - e.x : e.x;
-    return {miss == C(0) ? C(0) : miss * magnitude, odds};
+    return {miss == C(0) ? C(0) : miss * magnitude, exp_minus(magnitude)};
+  }
+  template <class C>
+  static FASTVAE_INLINE Value<C> value_if_finite(Element<C> e) {
+    const C l = e.p0, magnitude = abs_(l);
+    return {(l > C(0) ? C(1) - e.x : e.x) * magnitude, exp_minus(magnitude)};
   }
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {

@@ -34,7 +34,7 @@ struct DiscretizedLogistic : Declaration {
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
     const Parts<C> s = parts(e);
     const C v = s.r - s.half, rest = s.end ? C(0) : log1p_((s.far + s.k) / s.below);
-    return {(v < C(0) ? C(0) : v) + rest, exp_negative(-abs_(v))};
+    return {(v < C(0) ? C(0) : v) + rest, exp_minus(abs_(v))};
   }
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {

@@ -19,7 +19,7 @@ struct Logistic : Declaration {
   template <class C>
   static FASTVAE_INLINE Value<C> value(Element<C> e) {
     const C distance = abs_(e.x - e.p0) * e.q0;
-    return {C(0.5) * distance, exp_negative(-distance)};
+    return {C(0.5) * distance, exp_minus(distance)};
   }
   template <class C>
   static FASTVAE_INLINE Slopes<C> gradient(C g, Element<C> e) {
