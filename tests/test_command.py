@@ -50,6 +50,8 @@ def folder(tmp_path):
     np.save(tmp_path / "x.npy", x)
     np.savez(tmp_path / "x.npz", x=x, y=np.arange(23))
     torch.save((torch.from_numpy(x), torch.arange(23)), tmp_path / "x.pt")
+    np.save(tmp_path / "big.npy", x.astype(">f4"))
+    torch.save([torch.from_numpy(x), torch.from_numpy(x)], tmp_path / "list.pt")
     np.save(tmp_path / "bytes.npy", (255 * x).astype(np.uint8))
     np.save(tmp_path / "small.npy", x[:, :7])
     np.savez(tmp_path / "two.npz", a=x, b=x)
@@ -430,6 +432,7 @@ def test_resumes_from_a_checkpoint(folder, capsys):
         (["model.pt", "empty.npz"], "holds nothing"),
         (["model.pt", "zero.npy"], "zero.npy cannot be read: EOFError"),
         (["model.pt", "garbage.pt"], "garbage.pt cannot be read"),
+        (["model.pt", "list.pt"], "list.pt cannot be read: ValueError: it holds a list of 2"),
         (["model.pt", "dict.pt"], "holds an object of dict"),
         (["garbage.pt", "x.npy"], "garbage.pt is damaged, or was not written by torch.save$"),
         (["garbage.pt", "x.npy", "--trust"], "garbage.pt is damaged, or was not written by torch.save$"),

@@ -471,6 +471,29 @@ def test_one_example_and_varying_event_sizes():
     assert math.isnan(result.bits_per_dim)
 
 
+def test_dimensions_are_those_observed():
+    """The bits per dimension are those of the elements that the NLL is of."""
+    x = torch.rand(11, X, generator=torch.Generator().manual_seed(0)).round().to(DEVICE)
+    mask = torch.arange(11 * X, device=DEVICE).reshape(11, X) % 3 > 0
+    vae = fastvae.VAE(nn.Linear(X, 2 * D), nn.Linear(D, X), likelihood="bernoulli").to(DEVICE)
+    data = torch.utils.data.TensorDataset(x.cpu(), mask.cpu())
+    options = {"k": 20, "batch_size": 4, **QUIET}
+    result = vae.evaluate(data, prepare_batch=lambda b: {"x": b[0], "mask": b[1]}, **options)
+    assert result.dims == pytest.approx(float(mask.sum()) / 11)
+    assert result.bits_per_dim == pytest.approx(result.nll / (result.dims * math.log(2)))
+
+
+def test_untrusted_is_a_fraction_of_the_known():
+    model, x, q = _model_and_data(11)
+    x[:7] = math.nan
+    with pytest.warns(RuntimeWarning, match="NaN for 7 of 11"):
+        result = _evaluate(model, lambda x: q(x * 3), x, k=200)
+    known = result.khat[~result.khat.isnan()]
+    assert len(known) == 4 and result.untrusted == float((known > 0.7).double().mean())
+    with pytest.warns(RuntimeWarning, match="NaN for 7 of 7"):
+        assert math.isnan(_evaluate(model, q, x[:7], k=200).untrusted)
+
+
 def test_exact_posterior_is_trusted():
     """Weights that differ only by rounding have a flat tail, not a heavy one."""
     model = LinearGaussian(D, X, dtype=torch.float32)

@@ -1839,6 +1839,33 @@ MISTAKES = {
         TypeError,
         ["flow Identity returned Tensor", "log_prob and rsample"],
     ),
+    "a flow without rsample for q": (
+        lambda: fastvae.elbo(
+            zeros(B, X), Flow(zuko.flows.GMM(D, 2, components=2), zeros(B, 2)), nn.Linear(D, X)
+        ),
+        TypeError,
+        ["flow GMM", "has no rsample", "not q"],
+    ),
+    "a family with shaped parameters": (
+        lambda: fastvae.elbo(zeros(B, X), Laplace(zeros(B, 2, 3, 4), zeros(B, 2, 3, 4)), nn.Identity()),
+        ValueError,
+        ["Laplace", "[5, 2, 3, 4]", "loc.flatten(1)"],
+    ),
+    "a defensive proposal by torch's mixture": (
+        lambda: fastvae.log_marginal(
+            zeros(B, X),
+            (zeros(B, D), zeros(B, D)),
+            nn.Linear(D, X),
+            k=8,
+            likelihood="bernoulli",
+            proposal="defensive",
+            prior=td.MixtureSameFamily(
+                td.Categorical(zeros(2)), td.Independent(td.Laplace(zeros(2, D), 1.0), 1)
+            ),
+        ),
+        ValueError,
+        ["MixtureSameFamily is neither", "NormalMixture", "'adapted'"],
+    ),
     "a family for a likelihood": (
         lambda: fastvae.elbo(zeros(B, X), (zeros(B, D), zeros(B, D)), nn.Identity(), likelihood=Laplace),
         TypeError,
@@ -1853,3 +1880,94 @@ def test_mistakes(name):
     with pytest.raises(error) as raised:
         make()
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+class Tempered(td.Independent):
+    """A density of the user's own, by a subclass."""
+
+    def log_prob(self, value):
+        return 0.5 * super().log_prob(value)
+
+
+class Clipped(td.Normal):
+    """Draws of the user's own, by a subclass."""
+
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).clamp(-0.5, 0.5)
+
+    def log_prob(self, value):
+        return super().log_prob(value) - 1
+
+
+def _log_w(x, q, decoder, prior, z):
+    log_p = -nn.functional.binary_cross_entropy_with_logits(
+        decoder(z), x.expand(*z.shape[:2], X), reduction="none"
+    )
+    log_prior, log_q = (d.log_prob(z) if d.event_shape else d.log_prob(z).sum(-1) for d in (prior, q))
+    return log_p.sum(-1) + log_prior - log_q
+
+
+def _normal(*shape):
+    return td.Normal(randn(*shape, seed=sum(shape)), torch.ones(shape, device=DEVICE))
+
+
+_OWN = {
+    "prior": lambda: (_normal(B, D), Tempered(_normal(D), 1)),
+    "q": lambda: (Tempered(_normal(B, D), 1), _normal(D)),
+    "q, its draws": lambda: (Clipped(randn(B, D, seed=101), torch.ones(B, D, device=DEVICE)), _normal(D)),
+    "components": lambda: (
+        _normal(B, D),
+        td.MixtureSameFamily(td.Categorical(logits=randn(2, seed=102)), Tempered(_normal(2, D), 1)),
+    ),
+    "logits that dimensions share": lambda: (
+        _normal(B, D),
+        td.MixtureSameFamily(td.Categorical(logits=randn(D, seed=103)), _normal(D, D)),
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", ["iwae", "elbo"])
+@pytest.mark.parametrize("name", _OWN)
+def test_a_subclass_keeps_its_density_and_draws(name, objective):
+    """A wrapper is stripped, and torch's KL taken, only where the class is torch's own."""
+    q, prior = _OWN[name]()
+    x, decoder = randn(B, X, seed=104).sigmoid().round(), nn.Linear(D, X).to(DEVICE)
+    function = fastvae.iwae if objective == "iwae" else fastvae.elbo
+    terms = function(x, q, decoder, k=K, likelihood="bernoulli", prior=prior, terms=True)
+    log_w = _log_w(x, q, decoder, prior, terms.z)
+    expected = log_w.logsumexp(0) - math.log(K) if objective == "iwae" else log_w.mean(0)
+    torch.testing.assert_close(terms.bound, expected, rtol=1e-5, atol=1e-5)
+    if name == "q, its draws":
+        assert terms.z.abs().max() == 0.5
+
+
+def test_a_registered_kl_of_a_subclass_is_taken():
+    class Own(td.Normal):
+        def log_prob(self, value):
+            return super().log_prob(value) - 1
+
+    @td.register_kl(Own, td.Normal)
+    def _(q, p):
+        return torch.full_like(q.loc, 7.0)
+
+    q, x = (
+        Own(randn(B, D, seed=105), torch.ones(B, D, device=DEVICE)),
+        randn(B, X, seed=106).sigmoid().round(),
+    )
+    terms = fastvae.elbo(
+        x, q, nn.Linear(D, X).to(DEVICE), likelihood="bernoulli", terms=True, prior=_normal(D)
+    )
+    torch.testing.assert_close(terms.kl, torch.full((B,), 7.0 * D, device=DEVICE))
+
+
+@pytest.mark.parametrize("shape", [(D,), (B, D), (1,)])
+def test_torchs_kl_with_a_prior_that_broadcasts(shape):
+    """Torch's formula indexes with a mask of the prior's shape, which would select rows for B = D."""
+    one = torch.ones(D, D, device=DEVICE)
+    q, low = td.Beta(1 + one, 2 * one), zeros(D)
+    low[1] = 0.25
+    prior = td.Uniform(low if shape == (D,) else zeros(*shape) if shape == (1,) else zeros(D, D), 1.0)
+    kl = closed_kl(TorchDistribution(q), TorchDistribution(prior))
+    expected = td.kl_divergence(q, td.Uniform(prior.low.expand(D, D), one)).expand(D, D)
+    torch.testing.assert_close(kl, expected)
+    assert bool(kl.isinf().any()) == (shape == (D,))

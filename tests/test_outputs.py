@@ -152,6 +152,19 @@ def test_a_tuple_with_other_field_names_is_read_by_position():
     assert_same(graded(run, Decoder(shapes, lambda o: list(o.values()))), expected)
 
 
+def test_a_named_tuple_of_one_is_read_by_position():
+    x, q = cases.data("bernoulli", B, X), posterior()
+    out = collections.namedtuple("Out", "x_hat")
+
+    def run(decoder):
+        return fastvae.iwae(x, q, decoder, k=K, likelihood="bernoulli")
+
+    shapes = {"logits": (X,)}
+    assert_same(
+        graded(run, Decoder(shapes, lambda o: out(o["logits"]))), graded(run, Decoder(shapes, as_tuple))
+    )
+
+
 # Every way to a decoder's output
 
 

@@ -209,7 +209,8 @@ def load_data(name: str, likelihood: Likelihood, shown: str) -> Tensor:
         raise ValueError(f"{path} cannot be read: {_said(error)}") from None
     if not isinstance(data, (np.ndarray, Tensor)):
         raise ValueError(f"{path} holds an object of {type(data).__name__}; expected an array")
-    data = torch.as_tensor(data)
+    if isinstance(data, np.ndarray):
+        data = torch.from_numpy(data.astype(data.dtype.newbyteorder("="), copy=False))
     if data.dim() == 0 or len(data) == 0:
         raise ValueError(f"{path} holds {list(data.shape)} numbers; expected [N, ...] with N > 0")
     return _scaled(data, likelihood) if data.dtype == torch.uint8 else data
@@ -236,7 +237,11 @@ def _read(path: Path) -> Any:
             return arrays["x" if "x" in names else names[0]]
     _check_archive(path)
     data = torch.load(path, map_location="cpu", weights_only=True)
-    return data[0] if isinstance(data, (tuple, list)) and data else data
+    if isinstance(data, list):
+        raise ValueError(
+            f"it holds a list of {len(data)}; save one tensor [N, ...], such as torch.cat(batches)"
+        )
+    return data[0] if isinstance(data, tuple) and data else data
 
 
 def _said(error: Exception) -> str:
@@ -282,9 +287,11 @@ def draw(result: Evaluation, path: Path, title: str) -> None:
 
     values = result.khat[result.khat.isfinite()].numpy()
     khat.hist(values, bins="auto" if len(values) < 10_000 else 100, color="tab:blue")
-    label = f"{UNTRUSTED}: {100 * result.untrusted:.1f} % of the examples are above"
+    share = (
+        "" if math.isnan(result.untrusted) else f": {100 * result.untrusted:.1f} % of the examples are above"
+    )
     khat.margins(y=0.2)  # room for the legend
-    khat.axvline(UNTRUSTED, color="tab:red", lw=1, label=label)
+    khat.axvline(UNTRUSTED, color="tab:red", lw=1, label=f"{UNTRUSTED}{share}")
     khat.set(xlabel="Pareto k̂", ylabel="examples", title="Can log p(x) be trusted?")
     khat.legend(fontsize="small")
     for axes in (curve, log_px, khat):

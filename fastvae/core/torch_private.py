@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import _C, nn
+from torch import distributions as td
 from torch._functorch.utils import enable_single_level_autograd_function as single_level_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -35,6 +36,7 @@ __all__ = [
     "is_legacy_batched",
     "is_torchs",
     "is_traced_on_gpu",
+    "kl_applies",
     "named_in_trace",
     "runs_torchs_call",
     "sample_dirichlet",
@@ -136,6 +138,20 @@ def is_torchs(kind: type[nn.Module]) -> bool:
             for name in _CALLED
         ]
     )
+
+
+def kl_applies(d: td.Distribution, side: int) -> bool:
+    """Return True if torch's KL of the family of d, the first (0) or second (1) argument, is that of d.
+
+    It is not where a subclass replaces the density or the draws, unless a KL is registered for itself.
+    """
+    kind = type(d)
+    modules = [getattr(getattr(kind, name), "__module__", "") for name in ("log_prob", "rsample")]
+    own = any(not name.startswith(("torch.distributions.", "fastvae.")) for name in modules)
+    if own and all(pair[side] is not kind for pair in td.kl._KL_REGISTRY):
+        return False
+    base = getattr(d, "base_dist", None)
+    return not isinstance(base, td.Distribution) or kl_applies(base, side)
 
 
 def break_graph(reason: str) -> None:

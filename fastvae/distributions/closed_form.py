@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from ..core.special import expm1_minus
+from ..core.torch_private import kl_applies
 from .base import Distribution, is_still
 from .location_scale import EULER, Exponential, Gumbel, Laplace, LogNormal
 from .tensors import tensors_of
@@ -74,7 +75,8 @@ def closed_kl(q: Distribution, p: Distribution) -> Tensor | None:
     if type(base) in ELEMENTWISE and type(other_base) in ELEMENTWISE:
         # Torch expands squares of differences, which cancel for a narrow prior far from 0.
         dtype = _dtype_of(base, other_base)
-        wide = _by_torch(in_double(one), in_double(other))
+        # Some of torch's formulas index with a mask of p's shape, which may be [D] where q's is [B, D].
+        wide = _by_torch(in_double(one), expanded(in_double(other), one))
         return None if wide is None else wide.to(dtype)
     return _by_torch(one, other)
 
@@ -86,8 +88,16 @@ def _dtype_of(q: td.Distribution, p: td.Distribution) -> torch.dtype:
     return functools.reduce(torch.promote_types, with_axes or [t.dtype for t in parameters])
 
 
+def expanded(p: td.Distribution, q: td.Distribution) -> td.Distribution:
+    """Expand p to q's batch, where p broadcasts to it."""
+    fits = p.event_shape == q.event_shape and len(p.batch_shape) <= len(q.batch_shape)
+    return p.expand(q.batch_shape) if fits and p.batch_shape != q.batch_shape else p
+
+
 def _by_torch(one: td.Distribution, other: td.Distribution) -> Tensor | None:
     """Return the KL of torch's registry, or None if it has none."""
+    if not (kl_applies(one, 0) and kl_applies(other, 1)):
+        return None
     try:
         return td.kl_divergence(one, other)
     except NotImplementedError:

@@ -107,6 +107,11 @@ class Flow(Distribution):
                 return z, base.log_prob(eps) - (ladj.flatten(-extra).sum(-1) if extra > 0 else ladj)
         if isinstance(made, td.Distribution) and at_address(made, (1, 1, 1), seed, {}) is not None:
             return TorchDistribution(made).rsample_log_prob(samples, seed, **place)
+        if isinstance(made, td.Distribution) and not made.has_rsample:
+            raise TypeError(
+                f"flow {type(self.flow).__name__} returned a {type(made).__name__}, which has no rsample "
+                "(reparameterised draws): it can be a prior, but not q"
+            )
         with seeded(seed, self.device, place.get("sample_offset", 0), place.get("row_offset", 0)):
             z = made.rsample((samples,))
         return z, without_noise(self, made.log_prob, z)

@@ -15,6 +15,7 @@ from ..ops.normal_arguments import Form
 from .base import Distribution, is_family
 from .covariance import FullNormal, LowRankNormal
 from .draws import STANDARD
+from .location_scale import LocationScale
 from .mixture import NormalMixture
 from .normal import SCALE, DiagonalNormal, StandardNormal, check_posterior, diagonal
 from .spatial import flat_posterior
@@ -82,7 +83,8 @@ def _family_of(d: td.Distribution) -> Distribution:
         return LowRankNormal(d.loc, d.cov_diag.log(), d.cov_factor)
     if type(d) is td.MixtureSameFamily and type(d.mixture_distribution) is td.Categorical:
         logits, normal = d.mixture_distribution.logits, univariate(d.component_distribution)
-        if type(normal) is td.Normal and normal.loc.dim() == 2 and logits.dim() == 1:
+        rows = len(d.event_shape) == 1 and logits.dim() == 1
+        if type(normal) is td.Normal and normal.loc.dim() == 2 and rows:
             return NormalMixture(normal.loc, 2 * normal.scale.log(), logits)
     return TorchDistribution(d)
 
@@ -114,6 +116,12 @@ def _posterior(q: Distribution) -> Distribution:
                 f"q is a {_describe(d)}, which has no rsample (reparameterised draws); use a family that has"
             )
         return flat_posterior(q) if spatial else q
+    if isinstance(q, LocationScale) and len(shape := q.wide()[0].shape) > 2:
+        raise ValueError(
+            f"q is {type(q).__name__} with parameters {list(shape)}; expected [B, D]: flatten them, such as "
+            "loc.flatten(1), and restore the shape in the decoder, z.unflatten(1, (C, H, W)). Shaped latents "
+            "may be normal, (mu, logvar), or a torch.distributions object"
+        )
     if not q.has_rows:
         raise TypeError(
             f"q is {type(q).__name__}, which has no rows (batch and device), so it is not a posterior: pass "

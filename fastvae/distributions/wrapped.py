@@ -225,8 +225,8 @@ class TorchDistribution(Distribution):
 
 
 def univariate(d: td.Distribution) -> td.Distribution:
-    """Strip ``Independent`` wrappers."""
-    while isinstance(d, td.Independent):
+    """Strip ``Independent`` wrappers, but not a subclass, which may have a density of its own."""
+    while type(d) is td.Independent:
         d = d.base_dist
     return d
 

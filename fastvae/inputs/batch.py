@@ -20,6 +20,7 @@ from ..core.nested import (
     check_batch,
     decoded,
     each,
+    event_size,
     repeat,
     tensors,
 )
@@ -94,6 +95,14 @@ class Inputs(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.q.device
+
+    @property
+    def observed(self) -> float:
+        """Number of observed elements in an example, the mean of the batch."""
+        mask = None if self.conditioning is None else self.conditioning.mask
+        masks = tensors(mask) if mask is not None else []
+        missing = sum(int((~m).sum()) for m in masks)
+        return event_size(self.x) - missing / max(1, self.q.batch)
 
     def at(self, rows: Tensor) -> Inputs:
         """Select the data of the examples with indices ``rows``; q and the prior keep all rows."""

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.nested import event_size
 from ...inputs.batch import Inputs
 from ...random import RANDOMISATIONS, seed_of
 from ..draws import Draws
@@ -51,7 +50,7 @@ class BatchEstimator:
             index=index,
             digest=np.zeros(16, np.uint8),
             latent=latent,
-            dims=event_size(inputs.x),
+            dims=inputs.observed,
             curve=torch.stack(curve).cpu().numpy(),
             left_out=estimated.left_out.cpu().numpy(),
             examples=Examples(**estimates, k=estimated.count.cpu(), elbo=draws.elbo(total).cpu()),

@@ -38,7 +38,7 @@ class Part:
     digest: np.ndarray  # [16] bytes, hash of the data
     # [3, D]: posterior means' mean and sum of squared deviations, the KL's sum; [2, D] without KL
     latent: np.ndarray
-    dims: int  # elements in one example
+    dims: float  # observed elements in an example, the mean
     curve: np.ndarray  # [R, n]: the bound after each recorded number of draws
     left_out: np.ndarray  # [G, n]: log_px without each group of draws; [0, n] unless the noise is shared
     examples: Examples
@@ -55,7 +55,7 @@ _PACKED = dict.fromkeys(PER_EXAMPLE, ("f", 1)) | {
     "index": ("i", 1),
     "digest": ("u", 2),
     "latent": ("f", 3),
-    "dims": ("i", 1),
+    "dims": ("f", 1),
     "k": ("i", 1),
     "curve": ("f", 2),
     "left_out": ("f", 2),
@@ -99,7 +99,7 @@ def _part(arrays: dict[str, np.ndarray], index: int, rows: slice) -> Part:
         index=int(arrays["index"][index]),
         digest=arrays["digest"][index],
         latent=arrays["latent"][index],
-        dims=int(arrays["dims"][index]),
+        dims=float(arrays["dims"][index]),
         **{name: arrays[name][:, rows] for name in _BY_COLUMN},
         examples=Examples(**estimates),
     )

@@ -47,7 +47,8 @@ class Evaluation(Examples):
     mc_stderr: float
     """Standard error of nll over the draws of z, that is over seeds."""
     bits_per_dim: float
-    """nll / (X log 2) for X elements in an example. For data dequantised from 2^b levels to [0, 1], add b."""
+    """nll / (X log 2) for X observed elements in an example. For data dequantised from 2^b levels to [0, 1],
+    add b."""
     active_units: int | None
     """Latents whose posterior mean has a variance above 0.01 over the data (Burda et al.); None if q has
     no mean, or NaN in it."""
@@ -57,7 +58,7 @@ class Evaluation(Examples):
     """Triples (draws, nll with at most this many draws per example, standard error over examples), rising in
     draws."""
     dims: float
-    """Number of elements in an example, X; the mean if examples differ in size."""
+    """Number of observed elements in an example, X; the mean if examples differ in it."""
     left_out: Tensor | None = None
     """log_px without one of 32 groups of the draws at a time [32, N], for the errors of :meth:`delta`; None
     unless shared_noise. For ``noise="qmc"`` the groups are the 8 randomisations."""
@@ -84,8 +85,8 @@ class Evaluation(Examples):
 
     @property
     def untrusted(self) -> float:
-        """Fraction of the examples with k̂ above 0.7."""
-        return float((self.khat > UNTRUSTED).double().mean())
+        """Fraction of the examples with k̂ above 0.7, of those whose k̂ is not NaN; NaN if there are none."""
+        return float((self.khat[~self.khat.isnan()] > UNTRUSTED).double().mean())
 
     @property
     def nll_jackknife(self) -> float:
