@@ -256,6 +256,13 @@ class Distribution(Holder):
         """
         return None
 
+    def _flat_kl(
+        self, p: Distribution, samples: int, seed: Tensor, row_offset: int, per_dimension: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return :meth:`rsample_kl` with z [K·B, D], as a decoder gets it."""
+        drawn = self.rsample_kl(p, samples, seed, row_offset=row_offset, per_dimension=per_dimension)
+        return None if drawn is None else (drawn[0].flatten(0, 1), drawn[1])
+
     @property
     def stddev(self) -> Tensor:
         """Standard deviation of each dimension, [B, D], or [D] for a prior."""

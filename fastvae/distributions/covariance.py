@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributions as td
+from torch.nn import functional
 
 from .. import ops, random
 from ..core.checks import check_same_device, check_tensor, shape_of
 from ..core.constants import cached_constant
+from ..core.formula import Formula
 from ..core.special import expm1_minus, log1p_rest
+from ..ops.normal_diagonal import native_kl
 from ..ops.op import accumulator
 from .base import Distribution, Located, hold, is_family, is_still
 from .closed_form import register_kl
@@ -271,9 +275,10 @@ class LowRankNormal(Drawable, _Correlated):
         return list(eps.split([self.mu.shape[-1], self.factor.shape[-1]], -1))
 
     def _draw(self, eps: Tensor) -> Tensor:
-        mu, logvar, factor = self.wide()
-        own, common = self._split(eps)
-        z: Tensor = mu + torch.exp(0.5 * logvar) * own + rows_times(common, factor.mT)
+        given = *self.wide(), *self._split(eps)
+        # Autocast rounds the product, and its gradient.
+        usual = self.mu.dim() == 2 and not torch.is_autocast_enabled(self.mu.device.type)
+        z: Tensor = _factors_drawn(*given) if usual else _composed_draw(*given)
         return z
 
     def draw(self, samples: int, seed: Tensor, sample_offset: int, row_offset: int) -> Tensor:
@@ -291,27 +296,19 @@ class LowRankNormal(Drawable, _Correlated):
         mu, logvar, factor = self.wide()
         eps = random.normal(seed, samples, self.batch, self._normals(), dtype=mu.dtype, **place)
         own, common = self._split(eps)
-        white, root = self._capacitance(logvar, factor)
+        white, root = _capacitance(logvar, factor)
         shift = _solve(root, rows_times(own, white) - common)
         log_q = self._log_density(logvar, root, own - rows_times(shift, white.mT), common + shift)
         return self._draw(eps).to(self.mu.dtype), log_q
 
-    def _capacitance(self, logvar: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return W [..., D, R] and the Cholesky factor of I + WᵀW, which is computed in float64."""
-        white = factor * torch.exp(-0.5 * logvar)[..., None]
-        wide = white.to(torch.float64)
-        one = torch.eye(factor.shape[-1], dtype=wide.dtype, device=factor.device)
-        root: Tensor = torch.linalg.cholesky(one + wide.mT @ wide)
-        return white, root.to(factor.dtype)
-
     def _covariance(self) -> tuple[Tensor, Tensor]:
         _, logvar, factor = self.wide()
-        _, root = self._capacitance(logvar, factor)
+        _, root = _capacitance(logvar, factor)
         return torch.exp(logvar) + factor.square().sum(-1), 0.5 * logvar.sum(-1) + _sum_of_logs(root)
 
     def log_prob(self, z: Tensor) -> Tensor:
         mu, logvar, factor = self.wide()
-        white, root = self._capacitance(logvar, factor)
+        white, root = _capacitance(logvar, factor)
         w = (z.to(mu.dtype) - mu) * torch.exp(-0.5 * logvar)
         common = _solve(root, rows_times(w, white))
         return self._log_density(logvar, root, w - rows_times(common, white.mT), common)
@@ -337,6 +334,50 @@ class LowRankNormal(Drawable, _Correlated):
             return None
         mu, logvar, factor = self.wide()
         return td.LowRankMultivariateNormal(mu, factor, torch.exp(logvar), validate_args=False)
+
+
+def _composed_draw(mu: Tensor, logvar: Tensor, factor: Tensor, own: Tensor, common: Tensor) -> Tensor:
+    return mu + torch.exp(0.5 * logvar) * own + rows_times(common, factor.mT)
+
+
+def _value_draw(
+    mu: Tensor, logvar: Tensor, factor: Tensor, own: Tensor, common: Tensor
+) -> tuple[Tensor, tuple[Tensor]]:
+    # The derivative of z by logvar.
+    slope = torch.exp(0.5 * logvar).mul(own).mul_(0.5)
+    return torch.add(mu, slope, alpha=2).add_(rows_times(common, factor.mT)), (slope,)
+
+
+def _gradient_draw(
+    grads: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    mu: Tensor,
+    logvar: Tensor,
+    factor: Tensor,
+    own: Tensor,
+    common: Tensor,
+) -> tuple[Tensor | None, ...]:
+    grad, slope = grads[0], kept[0]
+    of_factor = torch.bmm(grad.permute(1, 2, 0), common.transpose(0, 1))
+    if len(grad) == 1:
+        return grad[0], (grad * slope)[0], of_factor, None, None
+    return grad.sum(0), (grad * slope).sum(0), of_factor, None, None
+
+
+_factors_drawn = Formula(_composed_draw, _value_draw, _gradient_draw, 5)
+
+
+def _capacitance(logvar: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W [..., D, R] and the Cholesky factor of I + WᵀW, which is computed in float64."""
+    white = factor * torch.exp(-0.5 * logvar)[..., None]
+    root: Tensor = torch.linalg.cholesky(_gram(white.to(torch.float64)))
+    return white, root.to(factor.dtype)
+
+
+def _gram(white: Tensor) -> Tensor:
+    """Return I + WᵀW."""
+    one = torch.eye(white.shape[-1], dtype=white.dtype, device=white.device)
+    return one + white.mT @ white
 
 
 def _solve(root: Tensor, rows: Tensor) -> Tensor:
@@ -368,6 +409,9 @@ def _of_prior(p: StandardNormal | DiagonalNormal, like: Tensor) -> tuple[Tensor,
 @register_kl(FullNormal, DiagonalNormal)
 def _kl_full_diagonal(q: FullNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
     """Return the KL of each dimension given those before it [B, D]; by the chain rule they sum to KL."""
+    if isinstance(p, StandardNormal) and q.mu.dim() == 2:
+        of_standard: Tensor = _kl_full(*q.wide())
+        return of_standard
     mu, scale, logs = q._parts()
     prior_mu, prior_logvar = _of_prior(p, mu)
     inverse = torch.exp(-0.5 * prior_logvar)
@@ -375,6 +419,46 @@ def _kl_full_diagonal(q: FullNormal, p: StandardNormal | DiagonalNormal) -> Tens
     cross = torch.tril(scale * inverse[..., None], -1).square().sum(-1)
     move = (mu - prior_mu) * inverse
     return 0.5 * (expm1_minus(2 * logs - prior_logvar) + cross + move.square())
+
+
+def _composed_kl_full(mu: Tensor, tril: Tensor) -> Tensor:
+    """Return the KL to N(0, I) of each dimension given those before it [B, D]."""
+    logs = tril.index_select(1, triangle_positions(mu.shape[1], mu.device)[2])
+    return 0.5 * (expm1_minus(2 * logs) + _squares_below(tril, mu.shape[1]) + mu.square())
+
+
+def _value_kl_full(mu: Tensor, tril: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+    logvar = 2 * tril.index_select(1, triangle_positions(mu.shape[1], mu.device)[2])
+    kl = native_kl(mu, logvar, per_dimension=True).add_(_squares_below(tril, mu.shape[1]), alpha=0.5)
+    return kl, (logvar,)
+
+
+def _gradient_kl_full(
+    grads: Sequence[Tensor], kept: Sequence[Tensor], mu: Tensor, tril: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad = grads[0]
+    rows, _, diagonal = triangle_positions(mu.shape[1], mu.device)
+    grad_tril = grad.index_select(1, rows).mul_(tril)
+    grad_logs = torch.expm1(kept[0]).mul_(grad)
+    return grad * mu, grad_tril.index_copy_(1, diagonal, grad_logs)
+
+
+_kl_full = Formula(_composed_kl_full, _value_kl_full, _gradient_kl_full, 2)
+
+
+def _squares_below(tril: Tensor, d: int) -> Tensor:
+    """Return the sum of squares left of the diagonal in each row of a packed triangle, [B, D]."""
+    entries = functional.pad(tril, (0, 1)).index_select(1, _positions_below(d, tril.device))
+    squares: Tensor = entries.unflatten(1, (d, d)).square().sum(-1)
+    return squares
+
+
+@cached_constant(64)
+def _positions_below(d: int, device: torch.device) -> Tensor:
+    """Return the packed index of each entry of a [D, D] matrix below its diagonal, D(D+1)/2 of the others."""
+    row = torch.arange(d, device=device)[:, None]
+    column = torch.arange(d, device=device)
+    return torch.where(column < row, row * (row + 1) // 2 + column, d * (d + 1) // 2).flatten()
 
 
 def _root(d: DiagonalNormal | FullNormal | LowRankNormal) -> tuple[Tensor, Tensor, Tensor]:
@@ -416,19 +500,77 @@ def _kl_roots(q: DiagonalNormal | FullNormal | LowRankNormal, p: FullNormal | Lo
 @register_kl(LowRankNormal, DiagonalNormal)
 def _kl_low_rank(q: LowRankNormal, p: StandardNormal | DiagonalNormal) -> Tensor:
     given = q.wide()
-    mu, logvar, factor = (t.to(torch.float64) for t in given)
+    if isinstance(p, StandardNormal) and q.mu.dim() == 2:
+        of_standard: Tensor = _kl_factors(*given)
+        return of_standard
     prior = _of_prior(p, given[0])
     dtype = torch.promote_types(given[0].dtype, prior[0].dtype)
-    prior_mu, prior_logvar = (t.to(torch.float64) for t in prior)
-    inverse = torch.exp(-0.5 * prior_logvar)
-    white, root = q._capacitance(logvar, factor)
-    move = (mu - prior_mu) * inverse
-    u = logvar - prior_logvar
-    # Column r of F adds ‖F/σ_p‖² − log C_rr². For a small W, which would cancel, log C_rr² is log(1 + t):
-    # t is ‖W‖² less the squares left of C's diagonal.
-    size, left = white.square().sum(-2), torch.tril(root, -1).square().sum(-1)
-    more = (torch.expm1(u)[..., None] * white.square()).sum(-2)
-    small = more + left + log1p_rest((size - left).clamp(0, 1), dtype)
-    large = (factor * inverse[..., None]).square().sum(-2) - 2 * root.diagonal(dim1=-2, dim2=-1).log()
+    return _composed_kl_low_rank(*given, prior, dtype)
+
+
+def _composed_kl_low_rank(
+    mu: Tensor,
+    logvar: Tensor,
+    factor: Tensor,
+    prior: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the KL [B] to a diagonal normal, by default to N(0, I)."""
+    dtype = dtype or mu.dtype
+    mu, logvar, factor = (t.to(torch.float64) for t in (mu, logvar, factor))
+    white, root = _capacitance(logvar, factor)
+    if prior is None:
+        move, u, scaled = mu, logvar, factor
+    else:
+        prior_mu, prior_logvar = (t.to(torch.float64) for t in prior)
+        inverse = torch.exp(-0.5 * prior_logvar)
+        move, u, scaled = (mu - prior_mu) * inverse, logvar - prior_logvar, factor * inverse[..., None]
+    size, rest, less = _parts_of_factors(u, white, root)
+    small = less + log1p_rest(rest, dtype)
+    large = scaled.square().sum(-2) - 2 * root.diagonal(dim1=-2, dim2=-1).log()
     kl: Tensor = (expm1_minus(u, dtype) + move.square()).sum(-1) + torch.where(size < 1, small, large).sum(-1)
     return (0.5 * kl).to(dtype)
+
+
+def _parts_of_factors(u: Tensor, white: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ‖W‖² of each column of W, t, and the column's KL less t − log(1 + t)."""
+    # Column r of F adds ‖F/σ_p‖² − log C_rr². For a small W, which would cancel, log C_rr² is log(1 + t):
+    # t is ‖W‖² less the squares left of C's diagonal.
+    squares = white.square()
+    size, left = squares.sum(-2), torch.tril(root, -1).square().sum(-1)
+    more = (torch.expm1(u)[..., None] * squares).sum(-2)
+    return size, (size - left).clamp(0, 1), more + left
+
+
+def _value_kl_low_rank(
+    mu: Tensor, logvar: Tensor, factor: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    dtype = mu.dtype
+    mu, logvar, factor = (t.to(torch.float64) for t in (mu, logvar, factor))
+    inverse = torch.exp(-0.5 * logvar)[..., None]
+    white = factor * inverse
+    root = torch.linalg.cholesky(_gram(white))
+    size, rest, less = _parts_of_factors(logvar, white, root)
+    # t − log(1 + t) is e^v − 1 − v of v = log(1 + t), twice a KL.
+    small = less.add_(native_kl(torch.zeros_like(rest), rest.log1p_(), per_dimension=True), alpha=2)
+    large = factor.square().sum(-2) - 2 * root.diagonal(dim1=-2, dim2=-1).log()
+    kl = native_kl(mu, logvar).add_(torch.where(size < 1, small, large).sum(-1), alpha=0.5)
+    return kl.to(dtype), (inverse, white, root)
+
+
+def _gradient_kl_low_rank(
+    grads: Sequence[Tensor], kept: Sequence[Tensor], mu: Tensor, logvar: Tensor, factor: Tensor
+) -> tuple[Tensor, ...]:
+    # With P = W (I + WᵀW)⁻¹: F − P e^(−logvar/2) of F, and ½ (e^logvar − 1 + Σ_r W P) of logvar.
+    inverse, white, root = kept
+    dtype = mu.dtype
+    mu, logvar, factor, grad = (t.to(torch.float64) for t in (mu, logvar, factor, grads[0][:, None]))
+    solved = torch.cholesky_solve(white.mT, root).mT
+    of_logvar = torch.expm1(logvar).add_((white * solved).sum(-1)).mul_(0.5 * grad)
+    # F − P e^(−logvar/2) = P WᵀW e^(−logvar/2) − F (e^−logvar − 1), where the left side would cancel.
+    near = (solved @ (white.mT @ white)).mul_(inverse).sub_(factor * torch.expm1(-logvar)[..., None])
+    of_factor = torch.where((logvar > -0.5)[..., None], near, factor - solved * inverse)
+    return (mu * grad).to(dtype), of_logvar.to(dtype), of_factor.mul_(grad[..., None]).to(dtype)
+
+
+_kl_factors = Formula(_composed_kl_low_rank, _value_kl_low_rank, _gradient_kl_low_rank, 3)

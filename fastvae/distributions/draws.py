@@ -74,9 +74,9 @@ def draw_kl(
         parameters = q.mu, q.logvar, q.form  # type: ignore[attr-defined]
         return flat_kl(parameters, prior, seed, samples, row_offset, per_dimension)
     _check_prior(q, p)
-    drawn = q.rsample_kl(p, samples, seed, row_offset=row_offset, per_dimension=per_dimension)
+    drawn = q._flat_kl(p, samples, seed, row_offset, per_dimension)
     if drawn is not None:
-        return drawn[0].flatten(0, 1), drawn[1]
+        return drawn
     kl = closed_kl(q, p)
     if kl is None:
         return None
@@ -379,15 +379,21 @@ def check_everywhere(what: str, instead: str, *distributions: Distribution) -> N
 
 def _check_prior(q: Distribution, p: Distribution) -> None:
     """Validate that q and p have the same number of latents, if both are known."""
-    own, other = (getattr(d, "mu", None if isinstance(d, TorchDistribution) else getattr(d, "loc", None))
-                  for d in (q, p))  # fmt: skip
-    if own is None or other is None or own.dim() < 2 or other.dim() == 0:
+    own = _location(q)
+    if own is None or own.dim() < 2:
+        return
+    other = _location(p)
+    if other is None or other.dim() == 0:
         return
     if other.shape[-1] not in (1, own.shape[-1]):
         raise ValueError(
             f"the prior, {describe(p)}, has parameters {list(other.shape)}, but q's are {list(own.shape)}; "
             f"both must have D = {own.shape[-1]} latents"
         )
+
+
+def _location(d: Distribution) -> Any:
+    return getattr(d, "mu", None if isinstance(d, TorchDistribution) else getattr(d, "loc", None))
 
 
 def rsample_log_prob(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:

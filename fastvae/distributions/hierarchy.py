@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .. import ops, random
 from ..core.checks import on_same_device, shape_of
 from ..core.nested import repeat
 from ..ops.normal_arguments import options as options_of
+from ..ops.normal_diagonal import flat_kl
 from ..ops.op import accumulator
 from .base import Distribution, is_family
 from .draws import STANDARD, fused_prior
-from .level import Level, Step
+from .level import Level, Step, draw_direct, draw_relative, precision_weighted
 from .normal import DiagonalNormal
 from .runs import run
 
@@ -136,7 +136,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
 
         def visit(index: int, level: Level, state: Any) -> Tensor:
             z_l: Tensor = parts[index]
-            terms.append(self._p(index, state, len(z_l)).log_prob(z_l))
+            terms.append(self._p(index, level, state, len(z_l)).log_prob(z_l))
             return z_l
 
         self._descend(visit)
@@ -148,7 +148,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         own = next(self.parameters(), torch.empty(()))
 
         def visit(index: int, level: Level, state: Any) -> Tensor:
-            p = self._p(index, state, k)
+            p = self._p(index, level, state, k)
             eps = random.normal(seed, 1, k, level.dim, level=index, dtype=accumulator(own.dtype))[0]
             if isinstance(p, DiagonalNormal):
                 mu, logvar = p.wide()
@@ -162,30 +162,32 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
         parts: list[Tensor] = []
         shaped: list[Tensor] = []
         state = None
-        for index in range(len(self.levels)):
-            level = self._level(index)
+        levels: Any = self.levels
+        for index, level in enumerate(levels):
             if level.top_down is not None:
                 given = (shaped[-1],) if index == 1 else (shaped[-1], state)
-                state = self._run(index, "top_down", *given)
+                state = self._run(index, level, "top_down", *given)
             elif index:
                 state = shaped[0] if index == 1 else torch.cat(shaped, 1)
             parts.append(visit(index, level, state))
             shaped.append(parts[-1].unflatten(1, level.event) if len(level.event) > 1 else parts[-1])
         return torch.cat(parts, 1)
 
-    def _run(self, index: int, name: str, *given: Any) -> Any:
+    def _run(self, index: int, level: Level, name: str, *given: Any) -> Any:
         """Call a level's network; the densities of a draw repeat the draw's runs."""
-        return run((self._networks, index, name), getattr(self._level(index), name), *given)
+        return run((self._networks, index, name), getattr(level, name), *given)
 
     def _level(self, index: int) -> Level:
         return self.levels[index]  # type: ignore[return-value]
 
-    def _p(self, index: int, state: Any, rows: int) -> Distribution:
+    def _p(self, index: int, level: Level, state: Any, rows: int) -> Distribution:
         """Return a level's prior for these rows, with parameters broadcastable to [N, D]."""
-        level = self._level(index)
-        if level.has_conditional_prior:
-            return level.read(self._run(index, "prior", state), rows, f"the prior of level {index + 1}")
-        return level.fixed_prior or STANDARD
+        prior = level.prior
+        if prior is None:
+            return STANDARD
+        if isinstance(prior, Distribution):
+            return level.fixed_prior or STANDARD
+        return level.read(self._run(index, level, "prior", state), rows, ("prior", index))
 
     def _check_latents(self, z: Tensor) -> None:
         if z.shape[-1] != self.dim:
@@ -221,6 +223,8 @@ class HierarchicalPosterior(Distribution):
         (16, torch.Size([16, 5]))
     """
 
+    features: list[Tensor]
+
     def __init__(self, hierarchy: Hierarchy, features: Tensor | Sequence[Tensor]):
         super().__init__()
         levels = len(hierarchy.levels)
@@ -232,6 +236,13 @@ class HierarchicalPosterior(Distribution):
                 "tensor for each, from the top to the bottom, or one tensor for all"
             )
         for i, h in enumerate(each):
+            if (
+                type(h) is Tensor
+                and h.dim()
+                and h.shape[:1] == each[0].shape[:1]
+                and h.device == each[0].device
+            ):
+                continue  # without the words of errors
             name = f"features[{i}]" if several else "features"
             if not isinstance(h, Tensor):
                 raise TypeError(f"{name} must be a tensor, batch first; got {type(h).__name__}")
@@ -243,12 +254,12 @@ class HierarchicalPosterior(Distribution):
             if not on_same_device(h.device, each[0].device):
                 raise ValueError(f"{name} is on {h.device} but features[0] is on {each[0].device}; move it")
         self.hierarchy = hierarchy
-        self.features = each
-        self.batch = each[0].shape[0]
+        # A module's own way of setting them costs as much as a small operation.
+        self.__dict__["features"], self.__dict__["batch"] = each, each[0].shape[0]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self.features[0].device  # type: ignore[no-any-return]
+        return self.features[0].device
 
     @property
     def own_prior(self) -> Distribution:  # type: ignore[override]
@@ -265,7 +276,7 @@ class HierarchicalPosterior(Distribution):
     @property
     def mean(self) -> Tensor:
         def visit(index: int, level: Level, state: Any) -> Tensor:
-            step, dtype = self._step(index, state, 1)
+            step, dtype = self._step(level, *self._networks(index, level, state, 1), 1)
             return (step.mean + step.shift).expand(1, self.batch, level.dim)[0].to(dtype)
 
         return self.hierarchy._descend(visit)
@@ -277,7 +288,7 @@ class HierarchicalPosterior(Distribution):
         parts = z.split(self.hierarchy.dims, -1)
 
         def visit(index: int, level: Level, state: Any) -> Tensor:
-            step, _ = self._step(index, state, samples)
+            step, _ = self._step(level, *self._networks(index, level, state, samples), samples)
             z_l: Tensor = parts[index]
             terms.append(step.log_q_of(z_l).sum(-1))
             return z_l.flatten(0, 1)
@@ -290,7 +301,7 @@ class HierarchicalPosterior(Distribution):
     ) -> tuple[Tensor, Tensor]:
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
         z, terms = self._draw(Step.log_q, samples, seed, place)
-        return z, _added(terms)
+        return z.unflatten(0, (samples, self.batch)), _added(terms)
 
     def rsample_log_ratio(
         self, p: Distribution, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
@@ -299,7 +310,7 @@ class HierarchicalPosterior(Distribution):
             return None
         place = {"sample_offset": sample_offset, "row_offset": row_offset}
         z, terms = self._draw(Step.log_ratio, samples, seed, place)
-        return z, _added(terms)
+        return z.unflatten(0, (samples, self.batch)), _added(terms)
 
     def rsample_kl(
         self,
@@ -310,13 +321,31 @@ class HierarchicalPosterior(Distribution):
         row_offset: int = 0,
         per_dimension: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
+        drawn = self._drawn_kl(p, samples, seed, row_offset, per_dimension)
+        if drawn is None:
+            return None
+        z, kl = drawn
+        alone = samples == 1 and kl.dim() == 1
+        return z.unflatten(0, (samples, self.batch)), kl[None] if alone else kl
+
+    def _flat_kl(
+        self, p: Distribution, samples: int, seed: Tensor, row_offset: int, per_dimension: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        if not is_family(self, HierarchicalPosterior):
+            return super()._flat_kl(p, samples, seed, row_offset, per_dimension)
+        return self._drawn_kl(p, samples, seed, row_offset, per_dimension)
+
+    def _drawn_kl(
+        self, p: Distribution, samples: int, seed: Tensor, row_offset: int, per_dimension: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return z [K·B, D] and the KL of :meth:`rsample_kl`, which may be [B] for a single sample."""
         if p is not self.hierarchy:
             return None
         z, terms = self._draw(Step.kl, samples, seed, {"row_offset": row_offset}, summed=not per_dimension)
         if per_dimension:
             return z, torch.cat([t.mean(0) for t in terms], -1)
         kl = _added(terms)
-        return z, kl if kl.shape[0] == samples else kl[0]
+        return z, kl if kl.dim() == 1 or kl.shape[0] == samples else kl[0]
 
     def rows(self, start: int, stop: int) -> HierarchicalPosterior | None:
         if not is_family(self, HierarchicalPosterior):
@@ -331,60 +360,118 @@ class HierarchicalPosterior(Distribution):
         place: dict[str, int],
         summed: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return z [K, B, D_1 + … + D_L] and each level's term, [K, B], or [K, B, D] without ``summed``.
+        """Return z [K·B, D_1 + … + D_L] and each level's term, [K, B], or [K, B, D] without ``summed``.
 
-        K is 1 in a term that all samples share.
+        A term that all samples share, or that of a single sample, may be [1, B] or [B], or [1, B, D].
         """
         terms = []
+        batch = self.batch
 
         def visit(index: int, level: Level, state: Any) -> Tensor:
             if index == 0 and level.merge is None and not seed.dim():
-                z, value = self._fused(term, samples, seed, place, summed)
-            else:
-                step, dtype = self._step(index, state, samples)
-                eps = random.normal(
-                    seed, samples, self.batch, level.dim, level=index, dtype=accumulator(step.shift.dtype),
-                    **place,  # type: ignore[arg-type]
+                z, value = self._fused(level, term, samples, seed, place, summed)
+                terms.append(value)
+                return z if z.dim() == 2 else z.flatten(0, 1)
+            q, p = self._networks(index, level, state, samples)
+
+            def noise(dtype: torch.dtype) -> Tensor:
+                return random.normal(
+                    seed, samples, batch, level.dim, level=index, dtype=dtype, **place,  # type: ignore[arg-type]
                 )  # fmt: skip
-                z, value = step.draw(eps).to(dtype), term(step, eps)
-                value = value.sum(-1) if summed else value
-            terms.append(value)
+
+            drawn = self._drawn(level, q, p, noise, summed) if term is Step.kl else None
+            if drawn is not None:
+                z, value = drawn
+                one = samples == 1 and summed
+                terms.append(value if one else value.reshape(samples, batch, *value.shape[1:]))
+                return z
+            step, dtype = self._step(level, q, p, samples)
+            eps = noise(accumulator(step.shift.dtype))
+            z, value = step.draw(eps).to(dtype), term(step, eps)
+            terms.append(value.sum(-1) if summed else value)
             return z.flatten(0, 1)
 
-        z = self.hierarchy._descend(visit)
-        return z.unflatten(0, (samples, self.batch)), terms
+        return self.hierarchy._descend(visit), terms
 
     def _fused(
-        self, term: Callable[..., Tensor], samples: int, seed: Tensor, place: dict[str, int], summed: bool
+        self,
+        level: Level,
+        term: Callable[..., Tensor],
+        samples: int,
+        seed: Tensor,
+        place: dict[str, int],
+        summed: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Draw the first level, whose q and p are shared by all samples, with the fused ops."""
-        q = self._posterior(0, self.features[0], None)
+        """Draw the first level, whose q and p are shared by all samples, with the fused ops.
+
+        z is [K, B, D] or [K·B, D].
+        """
+        q, p = self._networks(0, level, None, samples)
         if term is Step.log_q:
             return q.rsample_log_prob(samples, seed, **place)
-        options: dict[str, Any] = {"k": samples, "seed": seed, **options_of(q.form), **place}
-        options["prior"] = fused_prior(q, self.hierarchy._p(0, None, self.batch), seed)
+        prior = fused_prior(q, p, seed)
         if term is Step.log_ratio:
-            z, log_ratio, *_ = ops.rsample_log_ratio(q.mu, q.logvar, **options)
+            options: dict[str, Any] = {"k": samples, "seed": seed, **options_of(q.form), **place}
+            z, log_ratio, *_ = ops.rsample_log_ratio(q.mu, q.logvar, prior=prior, **options)
             return z, log_ratio
-        z, kl = ops.rsample_kl(q.mu, q.logvar, per_dimension=not summed, **options)
-        return z, kl[None]
+        z, kl = flat_kl((q.mu, q.logvar, q.form), prior, seed, samples, place["row_offset"], not summed)
+        return z, kl if summed else kl[None]
 
-    def _posterior(self, index: int, features: Tensor, state: Any) -> DiagonalNormal:
-        """Return the output of a level's posterior network."""
-        level = self.hierarchy._level(index)
-        given = (features,) if index == 0 or level.merge == "precision" else (features, state)
-        output = self.hierarchy._run(index, "posterior", *given)
-        return level.read(output, features.shape[0], f"the posterior of level {index + 1}")
+    def _networks(
+        self, index: int, level: Level, state: Any, samples: int
+    ) -> tuple[DiagonalNormal, Distribution]:
+        """Return what a level's networks make of the state of the levels above, for q and for p."""
+        h, hierarchy = self.features[index], self.hierarchy
+        by_features = index == 0 or level.merge == "precision"
+        if not by_features:
+            h = repeat(h, samples)
+        output = hierarchy._run(index, level, "posterior", *((h,) if by_features else (h, state)))
+        q = level.read(output, h.shape[0], ("posterior", index))
+        return q, hierarchy._p(index, level, state, samples * self.batch)
 
-    def _step(self, index: int, state: Any, samples: int) -> tuple[Step, torch.dtype]:
-        """Return a level's q and p given the state of the levels above, and z's dtype."""
-        level, h = self.hierarchy._level(index), self.features[index]
-        shared = index == 0 or level.merge == "precision"
-        made = self._posterior(index, h if shared else repeat(h, samples), state)
+    def _drawn(
+        self,
+        level: Level,
+        q: DiagonalNormal,
+        p: Distribution,
+        noise: Callable[[torch.dtype], Tensor],
+        summed: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return z [K·B, D] and the KL [K·B] or [K·B, D] of what the networks made, None if it is not usual.
+
+        Usual is one row of parameters, in one dtype of single or double precision, for each row of z.
+        """
+        mu, logvar, dtype = q.mu, q.logvar, q.mu.dtype
+        mean = scale = None
+        if p is not STANDARD:
+            if not (level.has_conditional_prior and isinstance(p, DiagonalNormal) and p.form is None):
+                return None
+            mean, scale = p.mu, p.logvar
+            if mean.shape != mu.shape or mean.dtype != dtype or scale.dtype != dtype:
+                return None
+        if q.form is not None or logvar.dtype != dtype or dtype.itemsize < 4 or not mu.numel():
+            return None
+        eps = noise(dtype)
+        if eps.shape[0] * eps.shape[1] != mu.shape[0]:
+            return None
+        eps = eps.flatten(0, 1)
+        if level.merge is None:
+            direct: tuple[Tensor, Tensor] = draw_direct(mu, logvar, mean, scale, eps, summed)
+            return direct
+        if level.merge == "precision":
+            if mean is None or scale is None:
+                return None
+            mu, logvar = precision_weighted(mu, logvar, mean, scale)
+        relative: tuple[Tensor, Tensor] = draw_relative(mu, logvar, mean, scale, eps, summed)
+        return relative
+
+    def _step(
+        self, level: Level, made: DiagonalNormal, p: Distribution, samples: int
+    ) -> tuple[Step, torch.dtype]:
+        """Return a level's q and p from what its networks made, and z's dtype."""
         dtype = torch.promote_types(made.mu.dtype, made.logvar.dtype)
         mu, logvar = (t.unflatten(0, (-1, self.batch)) if self.batch else t[None] for t in made.wide())
         mean = scale = mu.new_zeros(())
-        p = self.hierarchy._p(index, state, samples * self.batch)
         if isinstance(p, DiagonalNormal):
             mean, scale = p.wide()
             if level.has_conditional_prior:
@@ -393,9 +480,7 @@ class HierarchicalPosterior(Distribution):
             return Step(mean, scale, mu, logvar), dtype
         if level.merge is None:
             return Step(mean, scale, mu - mean, logvar - scale), dtype
-        # The features' share of q's precision, and the log of the prior's share.
-        share = torch.sigmoid(scale - logvar)
-        return Step(mean, scale, share * (mu - mean), functional.logsigmoid(logvar - scale)), dtype
+        return Step(mean, scale, *precision_weighted(mu, logvar, mean, scale)), dtype
 
 
 def _added(terms: list[Tensor]) -> Tensor:

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from ..core.checks import check_choice, check_count, check_tensor, shape_of
+from ..core.checks import FLOATING, check_choice, check_count, check_tensor, is_dense, shape_of
+from ..core.formula import Formula
 from ..core.special import expm1_minus
+from ..ops.normal_diagonal import native_kl, native_kl_backward
 from .base import Distribution, is_family
 from .normal import DiagonalNormal, StandardNormal, diagonal
 from .read import as_posterior
@@ -124,8 +127,18 @@ class Level(nn.Module):
     def has_conditional_prior(self) -> bool:
         return self.prior is not None and not isinstance(self.prior, Distribution)
 
-    def read(self, value: Any, rows: int, who: str) -> DiagonalNormal:
+    def read(self, value: Any, rows: int, network: tuple[str, int]) -> DiagonalNormal:
         """Validate a module's output, each part [rows, D], and return it as a normal."""
+        # The usual output, without the words of errors.
+        if (
+            (type(value) is Tensor and len(self.event) == 1 and value.shape == (rows, 2 * self.dim))
+            and value.dtype in FLOATING
+            and is_dense(value)
+        ):
+            mu, logvar = value.chunk(2, 1)
+            return diagonal(mu, logvar)
+        name, index = network
+        who = f"the {name} of level {index + 1}"
         expected = f"mean and log variance, each [N, *dim] = {[rows, *self.event]}"
         both = f"one tensor {[rows, 2 * self.event[0], *self.event[1:]]}"
         form = None
@@ -186,3 +199,99 @@ class Step(NamedTuple):
         """Return the KL in closed form, independent of the noise."""
         white = self.shift * torch.exp(-0.5 * self.logvar)
         return 0.5 * (white.square() + expm1_minus(self.stretch))
+
+
+def precision_weighted(mu: Tensor, logvar: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a product of normals relative to the prior: the share of the features, and of the prior."""
+    # The features' share of q's precision, and the log of the prior's share.
+    share = torch.sigmoid(scale - logvar)
+    return share * (mu - mean), functional.logsigmoid(logvar - scale)
+
+
+# A draw of a level with its KL, for rows [N, D] of one dtype: each tensor's own row, or None for p = N(0, I).
+
+
+def _drawn(step: Step, eps: Tensor, summed: bool) -> tuple[Tensor, Tensor]:
+    kl = step.kl(eps)
+    return step.draw(eps), kl.sum(-1) if summed else kl
+
+
+def _composed_direct(
+    mu: Tensor, logvar: Tensor, mean: Tensor | None, scale: Tensor | None, eps: Tensor, summed: bool
+) -> tuple[Tensor, Tensor]:
+    zero = mu.new_zeros(())
+    mean, scale = zero if mean is None else mean, zero if scale is None else scale
+    return _drawn(Step(mean, scale, mu - mean, logvar - scale), eps, summed)
+
+
+def _value_direct(
+    mu: Tensor, logvar: Tensor, mean: Tensor | None, scale: Tensor | None, eps: Tensor, summed: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor]]:
+    # The derivative of z by logvar.
+    slope = torch.exp(0.5 * logvar).mul_(eps).mul_(0.5)
+    z = torch.add(mu, slope, alpha=2)
+    return (z, native_kl(mu, logvar, mean, scale, per_dimension=not summed)), (slope,)
+
+
+def _gradient_direct(
+    grads: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    mu: Tensor,
+    logvar: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    eps: Tensor,
+    summed: bool,
+) -> Sequence[Tensor | None]:
+    grad_z, grad_kl = grads
+    return *native_kl_backward(grad_z, grad_kl, kept[0], mu, logvar, mean, scale), None
+
+
+def _composed_relative(
+    shift: Tensor, stretch: Tensor, mean: Tensor | None, scale: Tensor | None, eps: Tensor, summed: bool
+) -> tuple[Tensor, Tensor]:
+    zero = shift.new_zeros(())
+    mean, scale = zero if mean is None else mean, zero if scale is None else scale
+    return _drawn(Step(mean, scale, shift, stretch), eps, summed)
+
+
+def _value_relative(
+    shift: Tensor, stretch: Tensor, mean: Tensor | None, scale: Tensor | None, eps: Tensor, summed: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    if mean is None or scale is None:
+        return _value_direct(shift, stretch, None, None, eps, summed)
+    slope = torch.exp(0.5 * (scale + stretch)).mul_(eps).mul_(0.5)
+    z = (mean + shift).add_(slope, alpha=2)
+    kl = native_kl(shift * torch.exp(-0.5 * scale), stretch, per_dimension=not summed)
+    return (z, kl), (slope,)
+
+
+def _gradient_relative(
+    grads: Sequence[Tensor | None],
+    kept: Sequence[Tensor],
+    shift: Tensor,
+    stretch: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    eps: Tensor,
+    summed: bool,
+) -> Sequence[Tensor | None]:
+    if mean is None or scale is None:
+        return _gradient_direct(grads, kept, shift, stretch, None, None, eps, summed)
+    grad_z, grad_kl = grads
+    of_shift = of_stretch = of_scale = None
+    if grad_kl is not None:
+        each = grad_kl[:, None] if summed else grad_kl
+        of_shift = (each * shift).mul_(torch.exp(-scale))
+        of_stretch = torch.expm1(stretch).mul_(each).mul_(0.5)
+        of_scale = of_shift * shift * -0.5
+    if grad_z is None:
+        return of_shift, of_stretch, None, of_scale, None
+    of_spread = kept[0] * grad_z
+    if of_shift is None or of_stretch is None or of_scale is None:
+        return grad_z, of_spread, grad_z, of_spread, None
+    return of_shift.add_(grad_z), of_stretch.add_(of_spread), grad_z, of_scale.add_(of_spread), None
+
+
+draw_direct = Formula(_composed_direct, _value_direct, _gradient_direct, 5)
+draw_relative = Formula(_composed_relative, _value_relative, _gradient_relative, 5)

@@ -50,6 +50,7 @@ from torch import Tensor
 
 from ..core import backend as _backend
 from ..core.checks import check_choice, check_count
+from ..core.constants import cached_constant
 from ..core.spread import spread
 from ..reference.random import normal
 from .normal_arguments import Draw, NormalPrior, form_of, prepare
@@ -244,6 +245,46 @@ def direct_draw(
 
 
 _ONE_DRAW = Draw(1, 0, 0, -math.inf, math.inf, True)
+
+
+def native_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    per_dimension: bool = False,
+) -> Tensor:
+    """Return the KL of :func:`rsample_kl` alone by the C++, without autograd.
+
+    All tensors are [B, D], of one dtype. A draw that is not used costs less than one of torch's operations.
+    """
+    seed = _no_seed()
+    kl: Tensor = _rsample_kl.native(
+        mu, logvar, prior_mu, prior_logvar, seed, _ONE_DRAW, per_dimension, False
+    )[1]
+    return kl
+
+
+def native_kl_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    slope: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of one draw and its KL by the C++; ``slope`` is that of the caller's noise."""
+    need = [True, True, prior_mu is not None, prior_logvar is not None]
+    grads: tuple[Tensor | None, ...] = _rsample_kl.gradient.native(
+        grad_z, grad_kl, slope, mu, logvar, prior_mu, prior_logvar, _no_seed(), _ONE_DRAW, need
+    )
+    return grads
+
+
+@cached_constant(1)
+def _no_seed() -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 # Helpers shared by the two ops
