@@ -275,7 +275,10 @@ class LowRankNormal(Drawable, _Correlated):
         return list(eps.split([self.mu.shape[-1], self.factor.shape[-1]], -1))
 
     def _draw(self, eps: Tensor) -> Tensor:
-        given = *self.wide(), *self._split(eps)
+        return self._of_noise(self.wide(), eps)
+
+    def _of_noise(self, wide: tuple[Tensor, Tensor, Tensor], eps: Tensor) -> Tensor:
+        given = *wide, *self._split(eps)
         # Autocast rounds the product, and its gradient.
         usual = self.mu.dim() == 2 and not torch.is_autocast_enabled(self.mu.device.type)
         z: Tensor = _factors_drawn(*given) if usual else _composed_draw(*given)
@@ -285,9 +288,9 @@ class LowRankNormal(Drawable, _Correlated):
         place: dict[str, Any] = {"sample_offset": sample_offset, "row_offset": row_offset}
         if not is_still(self, LowRankNormal):
             return self.rsample_log_prob(samples, seed, **place)[0]
-        dtype = self.wide()[0].dtype
-        eps = random.normal(seed, samples, self.batch, self._normals(), dtype=dtype, **place)
-        return self._draw(eps).to(self.mu.dtype)
+        wide = self.wide()
+        eps = random.normal(seed, samples, self.batch, self._normals(), dtype=wide[0].dtype, **place)
+        return self._of_noise(wide, eps).to(self.mu.dtype)
 
     def rsample_log_prob(
         self, samples: int, seed: Tensor, *, sample_offset: int = 0, row_offset: int = 0
@@ -370,14 +373,14 @@ _factors_drawn = Formula(_composed_draw, _value_draw, _gradient_draw, 5)
 def _capacitance(logvar: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Return W [..., D, R] and the Cholesky factor of I + WᵀW, which is computed in float64."""
     white = factor * torch.exp(-0.5 * logvar)[..., None]
-    root: Tensor = torch.linalg.cholesky(_gram(white.to(torch.float64)))
+    wide = white.to(torch.float64)
+    gram = wide.mT @ wide
+    root: Tensor = torch.linalg.cholesky(_one(gram) + gram)
     return white, root.to(factor.dtype)
 
 
-def _gram(white: Tensor) -> Tensor:
-    """Return I + WᵀW."""
-    one = torch.eye(white.shape[-1], dtype=white.dtype, device=white.device)
-    return one + white.mT @ white
+def _one(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def _solve(root: Tensor, rows: Tensor) -> Tensor:
@@ -525,52 +528,56 @@ def _composed_kl_low_rank(
         prior_mu, prior_logvar = (t.to(torch.float64) for t in prior)
         inverse = torch.exp(-0.5 * prior_logvar)
         move, u, scaled = (mu - prior_mu) * inverse, logvar - prior_logvar, factor * inverse[..., None]
-    size, rest, less = _parts_of_factors(u, white, root)
-    small = less + log1p_rest(rest, dtype)
+    # Column r of F adds ‖F/σ_p‖² − log C_rr². For a small W, which would cancel, log C_rr² is log(1 + t):
+    # t is ‖W‖² less the squares left of C's diagonal.
+    size, left = white.square().sum(-2), torch.tril(root, -1).square().sum(-1)
+    more = (torch.expm1(u)[..., None] * white.square()).sum(-2)
+    small = more + left + log1p_rest((size - left).clamp(0, 1), dtype)
     large = scaled.square().sum(-2) - 2 * root.diagonal(dim1=-2, dim2=-1).log()
     kl: Tensor = (expm1_minus(u, dtype) + move.square()).sum(-1) + torch.where(size < 1, small, large).sum(-1)
     return (0.5 * kl).to(dtype)
 
 
-def _parts_of_factors(u: Tensor, white: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ‖W‖² of each column of W, t, and the column's KL less t − log(1 + t)."""
-    # Column r of F adds ‖F/σ_p‖² − log C_rr². For a small W, which would cancel, log C_rr² is log(1 + t):
-    # t is ‖W‖² less the squares left of C's diagonal.
-    squares = white.square()
-    size, left = squares.sum(-2), torch.tril(root, -1).square().sum(-1)
-    more = (torch.expm1(u)[..., None] * squares).sum(-2)
-    return size, (size - left).clamp(0, 1), more + left
+# For N(0, I), with Fᵀ and Wᵀ, whose rows are long.
 
 
 def _value_kl_low_rank(
     mu: Tensor, logvar: Tensor, factor: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     dtype = mu.dtype
-    mu, logvar, factor = (t.to(torch.float64) for t in (mu, logvar, factor))
-    inverse = torch.exp(-0.5 * logvar)[..., None]
+    mu, logvar, factor = (t.to(torch.float64) for t in (mu, logvar, factor.mT.contiguous()))
+    inverse = torch.exp(-0.5 * logvar)[:, None]
     white = factor * inverse
-    root = torch.linalg.cholesky(_gram(white))
-    size, rest, less = _parts_of_factors(logvar, white, root)
+    gram = torch.bmm(white, white.mT)
+    root = torch.linalg.cholesky(_one(gram) + gram)
+    size, left = gram.diagonal(dim1=1, dim2=2), torch.tril(root, -1).square().sum(-1)
+    rest = (size - left).clamp_(0, 1).log1p_()
     # t − log(1 + t) is e^v − 1 − v of v = log(1 + t), twice a KL.
-    small = less.add_(native_kl(torch.zeros_like(rest), rest.log1p_(), per_dimension=True), alpha=2)
-    large = factor.square().sum(-2) - 2 * root.diagonal(dim1=-2, dim2=-1).log()
+    small = left.add_(native_kl(torch.zeros_like(rest), rest, per_dimension=True), alpha=2)
+    small.add_(torch.bmm(white.square(), torch.expm1(logvar)[..., None])[..., 0])
+    large = factor.square().sum(-1).sub_(root.diagonal(dim1=1, dim2=2).log(), alpha=2)
     kl = native_kl(mu, logvar).add_(torch.where(size < 1, small, large).sum(-1), alpha=0.5)
-    return kl.to(dtype), (inverse, white, root)
+    return kl.to(dtype), (inverse, white, gram, root)
 
 
 def _gradient_kl_low_rank(
     grads: Sequence[Tensor], kept: Sequence[Tensor], mu: Tensor, logvar: Tensor, factor: Tensor
 ) -> tuple[Tensor, ...]:
     # With P = W (I + WᵀW)⁻¹: F − P e^(−logvar/2) of F, and ½ (e^logvar − 1 + Σ_r W P) of logvar.
-    inverse, white, root = kept
+    inverse, white, gram, root = kept
     dtype = mu.dtype
-    mu, logvar, factor, grad = (t.to(torch.float64) for t in (mu, logvar, factor, grads[0][:, None]))
-    solved = torch.cholesky_solve(white.mT, root).mT
-    of_logvar = torch.expm1(logvar).add_((white * solved).sum(-1)).mul_(0.5 * grad)
+    mu, logvar, grad = (t.to(torch.float64) for t in (mu, logvar, grads[0][:, None]))
+    factor = factor.mT.contiguous().to(torch.float64)
+    share = torch.cholesky_inverse(root)
+    solved = torch.bmm(share, white)
+    of_logvar = torch.expm1(logvar).add_((white * solved).sum(1)).mul_(0.5 * grad)
     # F − P e^(−logvar/2) = P WᵀW e^(−logvar/2) − F (e^−logvar − 1), where the left side would cancel.
-    near = (solved @ (white.mT @ white)).mul_(inverse).sub_(factor * torch.expm1(-logvar)[..., None])
-    of_factor = torch.where((logvar > -0.5)[..., None], near, factor - solved * inverse)
-    return (mu * grad).to(dtype), of_logvar.to(dtype), of_factor.mul_(grad[..., None]).to(dtype)
+    near = torch.bmm(torch.bmm(gram, share), white).mul_(inverse)
+    near.sub_(factor * torch.expm1(-logvar)[:, None])
+    of_factor = torch.where((logvar > -0.5)[:, None], near, factor - solved.mul_(inverse)).mul_(
+        grad[..., None]
+    )
+    return (mu * grad).to(dtype), of_logvar.to(dtype), of_factor.to(dtype).mT
 
 
 _kl_factors = Formula(_composed_kl_low_rank, _value_kl_low_rank, _gradient_kl_low_rank, 3)

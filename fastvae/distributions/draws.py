@@ -81,15 +81,16 @@ def draw_kl(
     if kl is None:
         return None
     z = draw_z(q, samples, seed, 0, row_offset)
-    names = f"KL of {describe(q)} and {describe(p)}"
     shapes = (q.batch,), (q.batch, z.shape[2])
     if not isinstance(kl, Tensor) or kl.shape not in shapes:
+        names = f"KL of {describe(q)} and {describe(p)}"
         came = list(kl.shape) if isinstance(kl, Tensor) else type(kl).__name__
         raise ValueError(
             f"the registered {names} is {came}; expected [B] = {list(shapes[0])} or [B, D] = "
             f"{list(shapes[1])}"
         )
     if per_dimension and kl.dim() == 1:
+        names = f"KL of {describe(q)} and {describe(p)}"
         raise ValueError(
             f"free_bits needs the KL of each dimension, but the {names} is known only as a sum. Register a "
             "closed form [B, D] with fastvae.distributions.register_kl, or leave free_bits out"
