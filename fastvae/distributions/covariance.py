@@ -280,7 +280,7 @@ class LowRankNormal(Drawable, _Correlated):
     def _of_noise(self, wide: tuple[Tensor, Tensor, Tensor], eps: Tensor) -> Tensor:
         given = *wide, *self._split(eps)
         # Autocast rounds the product, and its gradient.
-        usual = self.mu.dim() == 2 and not torch.is_autocast_enabled(self.mu.device.type)
+        usual = self.mu.dim() == 2 and self.mu.is_cpu and not torch.is_autocast_enabled("cpu")
         z: Tensor = _factors_drawn(*given) if usual else _composed_draw(*given)
         return z
 

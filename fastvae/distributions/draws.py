@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as td
 
 from .. import ops
@@ -394,7 +394,16 @@ def _check_prior(q: Distribution, p: Distribution) -> None:
 
 
 def _location(d: Distribution) -> Any:
-    return getattr(d, "mu", None if isinstance(d, TorchDistribution) else getattr(d, "loc", None))
+    names = ("mu",) if isinstance(d, TorchDistribution) else ("mu", "loc")
+    return next((value for name in names if (value := _found(d, name)) is not None), None)
+
+
+def _found(d: Distribution, name: str) -> Any:
+    """Return an attribute, or None without it, which a module's own lookup reports by a slow exception."""
+    kind = type(d)
+    if isinstance(d, nn.Module) and kind.__getattr__ is nn.Module.__getattr__ and not hasattr(kind, name):
+        return next((own[name] for own in (d.__dict__, d._parameters, d._buffers) if name in own), None)
+    return getattr(d, name, None)
 
 
 def rsample_log_prob(q: Distribution, samples: int, seed: Tensor, **place: int) -> tuple[Tensor, Tensor]:
