@@ -172,7 +172,10 @@ def test_a_hierarchy_is_the_same_on_every_backend(merge, k):
     torch.manual_seed(0)
     below = torch.nn.Linear(4, 6)
     posterior = (lambda h: below(h)) if merge == "precision" else (lambda h, z: below(h) + z.repeat(1, 3))
-    levels = [Level(2, lambda h: h), Level(3, posterior, prior=torch.nn.Linear(2, 6), merge=merge)]
+    levels = [
+        Level(2, lambda h: h, merge=merge),
+        Level(3, posterior, prior=torch.nn.Linear(2, 6), merge=merge),
+    ]
     hierarchy, x, decoder = Hierarchy(levels), torch.rand(B, 4).round(), torch.nn.Linear(5, 4)
     features, found = randn(B, 4, seed=1).requires_grad_(), []
     for backend in ("native", "reference"):

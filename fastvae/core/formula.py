@@ -56,16 +56,11 @@ class Formula:
         return result
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed, rest = ctx.needs_input_grad[: self._tensors], [None] * len(ctx.options)
+        n, options = self._tensors, ctx.options
         if torch.is_grad_enabled() or plain(grads) != ON_CPU:
-            return *self._differentiated(ctx, needed, grads), *rest
-        inputs, kept = self._saved(ctx)
-        return *self._gradient(grads, kept, *inputs, *ctx.options), *rest
-
-    def _saved(self, ctx: Any) -> tuple[Sequence[Tensor | None], Sequence[Tensor]]:
-        """Return the inputs, and what the forward pass kept."""
+            return *self._differentiated(ctx, ctx.needs_input_grad[:n], grads), *[None] * len(options)
         saved = ctx.saved_tensors
-        return saved[: self._tensors], saved[self._tensors :]
+        return *self._gradient(grads, saved[n:], *saved[:n], *options), *[None] * len(options)
 
     def _differentiated(
         self, ctx: Any, needed: Sequence[bool], grads: Sequence[Tensor | None]
@@ -74,7 +69,7 @@ class Formula:
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             # Views, since one tensor may be several arguments.
-            inputs = [t if t is None else t.view_as(t) for t in self._saved(ctx)[0]]
+            inputs = [t if t is None else t.view_as(t) for t in ctx.saved_tensors[: self._tensors]]
             results = self._composed(*inputs, *ctx.options)
             results = results if isinstance(results, tuple) else (results,)
         arrived = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]

@@ -400,7 +400,7 @@ def _location(d: Distribution) -> Any:
 
 def _found(d: Distribution, name: str) -> Any:
     """Return an attribute, or None without it, which a module's own lookup reports by a slow exception."""
-    kind = type(d)
+    kind: Any = type(d)
     if isinstance(d, nn.Module) and kind.__getattr__ is nn.Module.__getattr__ and not hasattr(kind, name):
         return next((own[name] for own in (d.__dict__, d._parameters, d._buffers) if name in own), None)
     return getattr(d, name, None)

@@ -379,12 +379,21 @@ class HierarchicalPosterior(Distribution):
                     seed, samples, batch, level.dim, level=index, dtype=dtype, **place,  # type: ignore[arg-type]
                 )  # fmt: skip
 
-            drawn = self._drawn(level, q, p, noise, summed) if term is Step.kl else None
-            if drawn is not None:
-                z, value = drawn
+            usual = term is Step.kl and not torch.compiler.is_compiling()
+            parameters = _alike(q, p, samples * batch) if usual else None
+            if parameters is not None and level.merge == "precision":
+                mu, logvar, mean, scale = parameters
+                parameters = None
+                if mean is not None and scale is not None:
+                    parameters = *precision_weighted(mu, logvar, mean, scale), mean, scale
+            if parameters is not None:
+                eps = noise(q.mu.dtype).flatten(0, 1)
+                draw = draw_direct if level.merge is None else draw_relative
+                z_l: Tensor
+                z_l, value = draw(*parameters, eps, summed)
                 one = samples == 1 and summed
                 terms.append(value if one else value.reshape(samples, batch, *value.shape[1:]))
-                return z
+                return z_l
             step, dtype = self._step(level, q, p, samples)
             eps = noise(accumulator(step.shift.dtype))
             z, value = step.draw(eps).to(dtype), term(step, eps)
@@ -429,42 +438,6 @@ class HierarchicalPosterior(Distribution):
         q = level.read(output, h.shape[0], ("posterior", index))
         return q, hierarchy._p(index, level, state, samples * self.batch)
 
-    def _drawn(
-        self,
-        level: Level,
-        q: DiagonalNormal,
-        p: Distribution,
-        noise: Callable[[torch.dtype], Tensor],
-        summed: bool,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return z [K·B, D] and the KL [K·B] or [K·B, D] of what the networks made, None if it is not usual.
-
-        Usual is one row of parameters, in one dtype of single or double precision, for each row of z.
-        """
-        mu, logvar, dtype = q.mu, q.logvar, q.mu.dtype
-        mean = scale = None
-        if p is not STANDARD:
-            if not (level.has_conditional_prior and isinstance(p, DiagonalNormal) and p.form is None):
-                return None
-            mean, scale = p.mu, p.logvar
-            if mean.shape != mu.shape or mean.dtype != dtype or scale.dtype != dtype:
-                return None
-        if q.form is not None or logvar.dtype != dtype or dtype.itemsize < 4 or not mu.numel():
-            return None
-        eps = noise(dtype)
-        if eps.shape[0] * eps.shape[1] != mu.shape[0]:
-            return None
-        eps = eps.flatten(0, 1)
-        if level.merge is None:
-            direct: tuple[Tensor, Tensor] = draw_direct(mu, logvar, mean, scale, eps, summed)
-            return direct
-        if level.merge == "precision":
-            if mean is None or scale is None:
-                return None
-            mu, logvar = precision_weighted(mu, logvar, mean, scale)
-        relative: tuple[Tensor, Tensor] = draw_relative(mu, logvar, mean, scale, eps, summed)
-        return relative
-
     def _step(
         self, level: Level, made: DiagonalNormal, p: Distribution, samples: int
     ) -> tuple[Step, torch.dtype]:
@@ -481,6 +454,27 @@ class HierarchicalPosterior(Distribution):
         if level.merge is None:
             return Step(mean, scale, mu - mean, logvar - scale), dtype
         return Step(mean, scale, *precision_weighted(mu, logvar, mean, scale)), dtype
+
+
+def _alike(
+    q: DiagonalNormal, p: Distribution, rows: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """Return mean and log variance of q and of p, None for those of N(0, I); or None if they are not usual.
+
+    Usual is one row of parameters for each row of z, all in one dtype of single or double precision.
+    """
+    mu, logvar, dtype = q.mu, q.logvar, q.mu.dtype
+    if q.form is not None or logvar.dtype != dtype or dtype.itemsize < 4 or not rows or mu.shape[0] != rows:
+        return None
+    if p is STANDARD:
+        return mu, logvar, None, None
+    if not isinstance(p, DiagonalNormal) or p.form is not None:
+        return None
+    mean, scale = p.mu, p.logvar
+    # A fixed prior has one axis.
+    if mean.shape != mu.shape or scale.shape != mu.shape or not mean.dtype == scale.dtype == dtype:
+        return None
+    return mu, logvar, mean, scale
 
 
 def _added(terms: list[Tensor]) -> Tensor:
