@@ -439,11 +439,11 @@ class HierarchicalPosterior(Distribution):
         return q, hierarchy._p(index, level, state, samples * self.batch)
 
     def _step(
-        self, level: Level, made: DiagonalNormal, p: Distribution, samples: int
+        self, level: Level, q: DiagonalNormal, p: Distribution, samples: int
     ) -> tuple[Step, torch.dtype]:
-        """Return a level's q and p from what its networks made, and z's dtype."""
-        dtype = torch.promote_types(made.mu.dtype, made.logvar.dtype)
-        mu, logvar = (t.unflatten(0, (-1, self.batch)) if self.batch else t[None] for t in made.wide())
+        """Return a level's q and p from its networks' normals, and z's dtype."""
+        dtype = torch.promote_types(q.mu.dtype, q.logvar.dtype)
+        mu, logvar = (t.unflatten(0, (-1, self.batch)) if self.batch else t[None] for t in q.wide())
         mean = scale = mu.new_zeros(())
         if isinstance(p, DiagonalNormal):
             mean, scale = p.wide()
