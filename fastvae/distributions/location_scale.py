@@ -13,7 +13,14 @@ from torch import distributions as td
 from .. import random
 from ..core.checks import check_same_device, check_same_shape, check_tensor, may_look
 from ..core.numbers import as_tensor
-from ..core.special import half_step, half_step_slope
+from ..core.special import (
+    gumbel_noise,
+    half_step,
+    half_step_slope,
+    laplace_noise,
+    log_normal_cdf,
+    logistic_noise,
+)
 from ..core.torch_private import functorch_is_active
 from ..ops.op import accumulator
 from .base import Distribution, Located, hold, is_still
@@ -56,7 +63,7 @@ class LocationScale(Located):
         raise NotImplementedError
 
     def _white(self, normals: Tensor) -> Tensor:
-        """Transform standard normals in float64 to w with density f: [..., D · normals] to [..., D]."""
+        """Transform standard normals, float64 if several per w, to w: [..., D · normals] to [..., D]."""
         raise NotImplementedError
 
     _normals = 1  # per w
@@ -105,8 +112,8 @@ class LocationScale(Located):
 
     def _noise(self, seed: Tensor, shape: tuple[int, int, int], place: dict[str, Any]) -> Tensor:
         k, b, d = shape
-        # A quantile function needs double precision for normals out to 6.7 sigma.
-        normals = random.normal(seed, k, b, d * self._normals, dtype=torch.float64, **place)
+        dtype = torch.float64 if self._normals > 1 else self.wide()[0].dtype
+        normals = random.normal(seed, k, b, d * self._normals, dtype=dtype, **place)
         return self._white(normals)
 
     def rsample_log_prob(
@@ -152,12 +159,6 @@ class LocationScale(Located):
         return self._torch(loc, torch.exp(log_scale))
 
 
-def _log_below(normals: Tensor) -> Tensor:
-    """Return the log of the standard normal distribution function."""
-    below: Tensor = torch.special.log_ndtr(normals)
-    return below
-
-
 class Laplace(LocationScale):
     """Laplace distribution with scale exp(log_scale) in each dimension: log f(w) = −|w| − log 2.
 
@@ -186,7 +187,7 @@ class Laplace(LocationScale):
         return -w.abs() - math.log(2)
 
     def _white(self, normals: Tensor) -> Tensor:
-        return -normals.sign() * (_log_below(-normals.abs()) + math.log(2))
+        return laplace_noise(normals)
 
     def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution:
         return td.Laplace(loc, scale, validate_args=False)
@@ -218,7 +219,7 @@ class Logistic(LocationScale):
         return -w.abs() - 2 * torch.log1p(torch.exp(-w.abs()))
 
     def _white(self, normals: Tensor) -> Tensor:
-        return _log_below(normals) - _log_below(-normals)
+        return logistic_noise(normals)
 
 
 class Gumbel(LocationScale):
@@ -246,7 +247,7 @@ class Gumbel(LocationScale):
         return -w - torch.exp(-w)
 
     def _white(self, normals: Tensor) -> Tensor:
-        return -torch.log(-_log_below(normals))
+        return gumbel_noise(normals)
 
     def _torch(self, loc: Tensor, scale: Tensor) -> td.Distribution:
         return td.Gumbel(loc, scale, validate_args=False)
@@ -282,7 +283,7 @@ class Exponential(LocationScale):
         return torch.where(w < 0, -math.inf, -w)
 
     def _white(self, normals: Tensor) -> Tensor:
-        return -_log_below(-normals)
+        return -log_normal_cdf(-normals)
 
     def _set(self) -> dict[str, Any]:
         return {name: value for name, value in super()._set().items() if name != "loc"}

@@ -140,10 +140,10 @@ class Defensive(Proposal):
         other = expanded_at_address(prior, q.batch, like)
         if other is None:
             raise ValueError(
-                "proposal='defensive' needs a prior whose draws are functions of the noise's address: one of "
-                "fastvae.distributions, such as NormalMixture or Flow, or a torch.distributions family with "
-                f"icdf; {describe(prior)} is neither. Write the prior as one, or use another proposal, such "
-                "as 'adapted'"
+                "proposal='defensive' needs a prior that can be drawn from at an address, which "
+                f"{describe(prior)} cannot be: those of fastvae.distributions with parameters, such as "
+                "NormalMixture or Flow, and torch's families with icdf can. Write the prior as one, or use "
+                "another proposal, such as 'adapted'"
             )
         return StratifiedMixture([q, other], [1 - self.share, self.share], dtype=like.dtype)
 
