@@ -208,7 +208,7 @@ class VectorQuantizer(nn.Module):
         each = self.commitment * away.square().sum(1)
         if self.decay is None:
             each = each + (rows.detach() - code).square().sum(1)
-        positions = spatial.numel()
+        positions = math.prod(spatial)
         loss = each.reshape(batch, positions).sum(1) / max(positions, 1)
         if learning:
             self._learn(index, away.detach())
@@ -254,7 +254,7 @@ class VectorQuantizer(nn.Module):
         """
         self._check_indices(indices)
         if logits is None:
-            nats = indices.shape[1:].numel() * math.log(self.codes)
+            nats = math.prod(indices.shape[1:]) * math.log(self.codes)
             dtype = torch.float64 if self.codebook.dtype == torch.float64 else torch.float32
             return self.codebook.new_full((indices.shape[0],), -nats, dtype=dtype)
         check_tensor("logits", logits)
@@ -262,7 +262,7 @@ class VectorQuantizer(nn.Module):
         expected = (indices.shape[0], self.codes, *indices.shape[1:])
         if logits.shape == (self.codes,):
             wide = logits if logits.dtype == torch.float64 else logits.float()
-            shape = indices.shape[0], indices.shape[1:].numel()
+            shape = indices.shape[0], math.prod(indices.shape[1:])
             return torch.log_softmax(wide, 0)[indices.long()].reshape(shape).sum(1)
         if logits.shape != expected:
             raise ValueError(
@@ -305,7 +305,7 @@ class VectorQuantizer(nn.Module):
             )
         check_same_device("z_e", z_e, "the codebook", codebook)
         dtype = torch.float64 if torch.float64 in (z_e.dtype, codebook.dtype) else torch.float32
-        count = z_e.shape[0] * z_e.shape[2:].numel()
+        count = z_e.shape[0] * math.prod(z_e.shape[2:])
         rows: Tensor = z_e.movedim(1, -1).reshape(count, self.dim)
         return rows.to(dtype)
 

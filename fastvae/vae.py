@@ -308,7 +308,6 @@ class VAE(nn.Module):
         decoder = self._fused(x, options.get("k", 1), options)
         return beta_tc(x, self._q(x, options), decoder, **self._meaning(), **options)  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def log_marginal(self, x: Any, k: int = 5000, **options: Unpack[LogMarginalOptions]) -> LogMarginal:
         """Return :func:`fastvae.log_marginal` of x with k samples; options are its keyword arguments.
 
@@ -317,8 +316,11 @@ class VAE(nn.Module):
 
         The module stays in its current mode (train or eval).
         """
-        decoder = self._fused(x, k, options)
-        return _log_marginal(x, self._q(x, options), decoder, k=k, **self._meaning(), **options)
+        # Not around the function, itself without gradients: torch cannot load the program exported from a
+        # nested no_grad, whose last region is empty.
+        with torch.no_grad():
+            decoder, q = self._fused(x, k, options), self._q(x, options)
+        return _log_marginal(x, q, decoder, k=k, **self._meaning(), **options)
 
     @torch.no_grad()
     def ais(self, x: Any, **options: Unpack[AISOptions]) -> AnnealedMarginal:
@@ -593,13 +595,13 @@ class VAE(nn.Module):
         if not -mean.shape[1] <= latent < mean.shape[1]:
             raise IndexError(f"latent is {latent}, but there are {mean.shape[1]} latents")
         points = torch.as_tensor(values, dtype=mean.dtype, device=mean.device)
-        z = mean.repeat(len(points), 1, 1)
+        z = mean.repeat(points.shape[0], 1, 1)
         z[:, :, latent] = points[:, None]
         return self._means(z, context, shape)
 
     def _means(self, z: Tensor, context: Any, latent: tuple[int, ...] | None) -> Any:
         """Return the means of p(x|z) for z [K, B, D]."""
-        context = None if context is None else repeat(context, len(z))
+        context = None if context is None else repeat(context, z.shape[0])
         mean = self.likelihood.mean(self._decode(z.flatten(0, 1), context, latent))
         return each(lambda t: t.unflatten(0, z.shape[:2]), mean)
 

@@ -1074,6 +1074,94 @@ def test_export_of_an_objective():
     torch.testing.assert_close(program.module()(x, objective="iwae", k=K), expected)
 
 
+def _image_decoder(outputs):
+    return nn.Sequential(nn.Linear(D, 12 * outputs), nn.Unflatten(1, (3 * outputs, 2, 2)))
+
+
+class _Halves(nn.Module):
+    """Decoder of two parameters, each an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = _image_decoder(2)
+
+    def forward(self, z):
+        return self.body(z).chunk(2, 1)
+
+
+_PRIORS = {
+    "mixture": lambda: fastvae.distributions.NormalMixture(randn(4, D, seed=5), randn(4, D, seed=6)),
+    "vamp": lambda: fastvae.distributions.VampPrior(nn.Linear(12, 2 * D), rand(4, 12, seed=7)),
+}
+# Likelihood, decoder, prior and objective.
+DYNAMIC = {
+    "bernoulli": ("bernoulli", lambda: _image_decoder(1), None, "iwae"),
+    "gaussian": ("gaussian", _Halves, None, "elbo"),
+    "laplace": ("laplace", _Halves, None, "iwae"),
+    "discretized_logistic": ("discretized_logistic", _Halves, None, "iwae"),
+    "optimal": (Gaussian(scale="optimal"), lambda: _image_decoder(1), None, "elbo"),
+    "mixture": ("bernoulli", lambda: _image_decoder(1), "mixture", "iwae"),
+    "vamp": ("bernoulli", lambda: _image_decoder(1), "vamp", "iwae"),
+    "beta_tc": ("bernoulli", lambda: _image_decoder(1), None, "beta_tc"),
+    "mask": ("bernoulli", lambda: _image_decoder(1), None, "iwae"),
+}
+
+
+def _dynamic(name):
+    """Return a VAE of images [B, 3, 2, 2], options of its forward, and a function that makes x."""
+    likelihood, decoder, prior, objective = DYNAMIC[name]
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 2 * D))
+    prior = None if prior is None else _PRIORS[prior]()
+    vae = fastvae.VAE(encoder, decoder(), likelihood=likelihood, prior=prior).to(DEVICE)
+    options = {"objective": objective}
+    if objective == "iwae":
+        options["k"] = K
+    if objective == "beta_tc":
+        options |= {"beta": 2.0, "dataset_size": 50}
+    if name == "mask":
+        options["mask"] = torch.tensor([True, False] * 6, device=DEVICE).reshape(3, 2, 2)
+
+    def make(batch):
+        return rand(batch, 3, 2, 2, seed=batch).round()
+
+    return vae, options, make
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_an_exported_program_takes_any_batch(name):
+    vae, options, make = _dynamic(name)
+
+    class Objective(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = vae
+
+        def forward(self, x):
+            return self.vae(x, **options)
+
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(Objective(), (make(5),), dynamic_shapes=({0: rows},)).module()
+    for batch in (5, 8):
+        torch.manual_seed(6)
+        expected = vae(make(batch), **options)
+        torch.manual_seed(6)
+        torch.testing.assert_close(program(make(batch)), expected)
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "mixture", "vamp", "beta_tc"])
+def test_one_graph_for_every_batch(name):
+    """The first size is compiled as it is, the second for all."""
+    from torch._dynamo.testing import CompileCounter
+
+    vae, options, make = _dynamic(name)
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: vae(x, **options), fullgraph=True, backend=counter)
+    for batch in (4, 5, 6, 7):
+        compiled(make(batch))
+    torch._dynamo.reset()
+    assert counter.frame_count == 2
+
+
 def test_export_keeps_the_ops():
     """torch.export traces the public ops into their dispatcher entries, including shapes."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -152,7 +153,7 @@ def multiply_out(layer: LastLayer, event: tuple[int, ...] | None) -> tuple[Tenso
         if event is None:
             outputs.append(product)
             continue
-        size = torch.Size(event).numel()
+        size = math.prod(event)
         features = product.shape[1]
         if features % size if size else features:
             raise ValueError(
@@ -160,5 +161,7 @@ def multiply_out(layer: LastLayer, event: tuple[int, ...] | None) -> tuple[Tenso
                 f"numbers of an event {list(event)}"
             )
         parts = (product,) if features == size else product.split(size, 1)
-        outputs += [part if part.shape[1:] == event else part.reshape(len(part), *event) for part in parts]
+        outputs += [
+            part if part.shape[1:] == event else part.reshape(part.shape[0], *event) for part in parts
+        ]
     return tuple(outputs)

@@ -97,7 +97,7 @@ def decoded(decoder: Callable[..., Any], z: Tensor, context: Any, latent: tuple[
 
 def event_size(x: Any) -> int:
     """Return the number of elements in an example."""
-    return sum(t.shape[1:].numel() for t in tensors(x))
+    return sum(math.prod(t.shape[1:]) for t in tensors(x))
 
 
 class Conditioning(NamedTuple):
@@ -174,7 +174,9 @@ def as_mask(mask: Any, x: Any, name: str = "mask") -> Any:
         came = f"{mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         hint = f"; fix it with {name}.bool()" if isinstance(mask, Tensor) else ""
         raise TypeError(f"{name} must be a tensor of bool, True where x was observed; got {came}{hint}")
-    if mask.shape != x.shape and mask.shape != x.shape[1:]:
+    # Ranks first: of two shapes alone, a compiler would note that B differs from the event's first axis.
+    expected = x.shape if mask.dim() == x.dim() else x.shape[1:]
+    if mask.dim() != len(expected) or mask.shape != expected:
         raise ValueError(
             f"{name} has shape {shape_of(mask)}; expected that of x, {shape_of(x)}, or of one example, "
             f"{list(x.shape[1:])}"

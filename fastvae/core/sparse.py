@@ -66,7 +66,7 @@ def at_rows(x: Tensor, rows: Tensor) -> Tensor:
         first, last = torch.searchsorted(numbers, rows), torch.searchsorted(numbers, rows, right=True)
     count = last - first
     places = torch.repeat_interleave(first - count.cumsum(0) + count, count)
-    places = places + torch.arange(len(places), device=places.device)
+    places = places + torch.arange(places.shape[0], device=places.device)
     return _built(x, count, columns[places], values[places])
 
 

@@ -283,6 +283,8 @@ class _Rerouted(torch.autograd.Function):
     gradient of the third result, zeros [K, B], divided by that of the log-ratio.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(z: Tensor, log_ratio: Tensor, alpha: float, groups: int, q_grad: bool) -> tuple[Any, ...]:
         return z.view_as(z), log_ratio.view_as(log_ratio), torch.zeros_like(log_ratio) if q_grad else None
@@ -314,6 +316,8 @@ def with_gradient(value: Tensor, source: Tensor) -> Tensor:
 
 
 class _WithGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(value: Tensor, source: Tensor) -> Tensor:
         return value.view_as(value)

@@ -110,7 +110,7 @@ class VampPrior(_Encoded):
         super().__init__(encoder, logits)
         if isinstance(pseudo_inputs, Tensor):
             check_tensor("pseudo_inputs", pseudo_inputs)
-            if pseudo_inputs.dim() < 2 or not len(pseudo_inputs):
+            if pseudo_inputs.dim() < 2 or not pseudo_inputs.shape[0]:
                 raise ValueError(
                     f"pseudo_inputs has shape {shape_of(pseudo_inputs)}; expected [U, *event], inputs of the "
                     "encoder, at least one"
@@ -161,7 +161,7 @@ class AggregatePosterior(_Encoded):
     def __init__(self, encoder: Callable[..., Any], data: Tensor, *, batch_size: int = 1000):
         super().__init__(encoder, None)
         check_tensor("data", data)
-        if data.dim() < 2 or not len(data):
+        if data.dim() < 2 or not data.shape[0]:
             raise ValueError(f"data has shape {shape_of(data)}; expected [N, *event], at least one example")
         self.batch_size = check_count("batch_size", batch_size, "the examples that are encoded at a time")
         # Excluded from checkpoints.

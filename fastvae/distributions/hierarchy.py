@@ -136,7 +136,7 @@ class Hierarchy(Distribution, nn.Module):  # type: ignore[misc]
 
         def visit(index: int, level: Level, state: Any) -> Tensor:
             z_l: Tensor = parts[index]
-            terms.append(self._p(index, level, state, len(z_l)).log_prob(z_l))
+            terms.append(self._p(index, level, state, z_l.shape[0]).log_prob(z_l))
             return z_l
 
         self._descend(visit)

@@ -139,13 +139,19 @@ class Level(nn.Module):
             return diagonal(mu, logvar)
         name, index = network
         who = f"the {name} of level {index + 1}"
-        expected = f"mean and log variance, each [N, *dim] = {[rows, *self.event]}"
-        both = f"one tensor {[rows, 2 * self.event[0], *self.event[1:]]}"
+        whole = (rows, 2 * self.event[0], *self.event[1:])
+
+        def expected() -> str:  # not formatted without an error: that would fix a compiler's symbolic size
+            return f"mean and log variance, each [N, *dim] = {[rows, *self.event]}"
+
         form = None
         if isinstance(value, Tensor):
             check_tensor(f"what {who} returned", value)
-            if value.shape != (rows, 2 * self.event[0], *self.event[1:]):
-                raise ValueError(f"{who} returned a tensor {shape_of(value)}; expected {both}, or {expected}")
+            if value.shape != whole:
+                raise ValueError(
+                    f"{who} returned a tensor {shape_of(value)}; expected one tensor {list(whole)}, or "
+                    f"{expected()}"
+                )
             mu, logvar = value.chunk(2, 1)
         elif type(value) in (tuple, list) and len(value) == 2:
             mu, logvar = value
@@ -156,13 +162,14 @@ class Level(nn.Module):
                 q = None
             if q is None or not is_family(q, DiagonalNormal):
                 raise TypeError(
-                    f"{who} returned {type(value).__name__}; expected a normal: {expected}, or {both}"
+                    f"{who} returned {type(value).__name__}; expected a normal: {expected()}, or one tensor "
+                    f"{list(whole)}"
                 )
             mu, logvar, form = q.mu, q.logvar, q.form
         for name, part in (("mean", mu), ("log variance", logvar)):
             check_tensor(f"the {name} that {who} returned", part)
             if part.shape not in ((rows, *self.event), (rows, self.dim)):
-                raise ValueError(f"{who} returned a {name} {shape_of(part)}; expected {expected}")
+                raise ValueError(f"{who} returned a {name} {shape_of(part)}; expected {expected()}")
         return diagonal(mu.flatten(1), logvar.flatten(1), form)
 
 

@@ -36,7 +36,7 @@ class _Components(Distribution):
         """Return log π [U]."""
         if self.logits is None:
             return like.new_full((count,), -math.log(count))
-        if len(self.logits) != count:
+        if self.logits.shape[0] != count:
             raise ValueError(
                 f"logits has shape {shape_of(self.logits)}, but there are {count} components; expected [U] = "
                 f"[{count}]"
@@ -82,7 +82,7 @@ class _Components(Distribution):
                         "not implemented; drawing from the mixture needs it"
                     )
                 places = (chosen == u).nonzero()[:, 0]
-                draws = sample_as_stored(row, len(places), seed, generator, row_offset=u)[0][:, 0]
+                draws = sample_as_stored(row, places.shape[0], seed, generator, row_offset=u)[0][:, 0]
                 z = draws.new_empty(k, draws.shape[1]) if z is None else z
                 z[places] = draws
             first += part.batch
@@ -102,7 +102,7 @@ class _Components(Distribution):
         """Return the mean [D], and the variance [D] if ``both``."""
         parts = self._parts()
         means = torch.cat([part.mean for part in parts])
-        shares = self._weights(means, len(means)).exp()
+        shares = self._weights(means, means.shape[0]).exp()
         mean = shares @ means
         if not both:
             return mean, mean

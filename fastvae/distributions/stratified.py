@@ -68,12 +68,15 @@ class Mixture(Distribution):
             if isinstance(self, nn.Module) and isinstance(component, nn.Module):
                 self.add_module(f"component_{i}", component)
         count = len(components)
-        batches = {c.batch for c in self.components if c.has_rows} - {1}
+        batches: list[int] = []  # not a set, which would fix a compiler's symbolic sizes
+        for c in self.components:
+            if c.has_rows and c.batch != 1 and c.batch not in batches:
+                batches.append(c.batch)
         if len(batches) > 1:
             raise ValueError(f"the components are of {sorted(batches)} examples; expected the same B of all")
         if logits is not None:
             check_tensor("logits", logits)
-            shapes = [[count], *([b, count] for b in batches or {1})]
+            shapes = [[count], *([b, count] for b in batches or [1])]
             if list(logits.shape) not in shapes:
                 raise ValueError(
                     f"logits has shape {shape_of(logits)} for {count} components; expected [C] or [B, C], "

@@ -78,7 +78,7 @@ def in_quadrature(values: Tensor, record: Any) -> float:
     """
     if getattr(record, "left_out", None) is not None:
         return float(values.mean())
-    return float(values.square().sum().sqrt()) / len(values)
+    return float(values.square().sum().sqrt()) / values.shape[0]
 
 
 def median(values: Tensor, record: Any) -> float:

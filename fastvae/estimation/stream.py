@@ -209,12 +209,12 @@ def weights(
 
     def fold(log_w: Tensor) -> Weights:
         nonlocal log_sum
-        begin = start - len(log_w)
+        begin = start - log_w.shape[0]
         while curve is not None and left and left[0] <= start:
             now = _log_sum(log_w[: left[0] - begin], log_sum)
             curve.append(now - math.log(left.pop(0)))
         log_sum = _log_sum(log_w, log_sum) if left else None
-        part = Weights.of(log_w, tail, start - len(log_w), randomisations_of(seed), groups)
+        part = Weights.of(log_w, tail, start - log_w.shape[0], randomisations_of(seed), groups)
         return part if total is None else total.merge(part)
 
     # A look ends a chunk.
@@ -222,7 +222,7 @@ def weights(
     streams = (stream(inputs, seed, *ends_of, chunks, **options) for ends_of in pairwise(ends))
     for log_w in itertools.chain.from_iterable(streams):
         count, batch = log_w.shape
-        if buffer is not None and filled + count > len(buffer):
+        if buffer is not None and filled + count > buffer.shape[0]:
             # The first chunk, of one draw, may be far smaller than the others.
             total, buffer, filled = fold(buffer[:filled]), None, 0
         start += count

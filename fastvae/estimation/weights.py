@@ -174,7 +174,7 @@ class Weights(WeightSums):
 
         For quasi-Monte-Carlo draws it is computed by :func:`between`.
         """
-        if len(self.turns):
+        if self.turns.shape[0]:
             return between(self.turns, self.count).stderr
         return self._standard_error
 
@@ -222,7 +222,7 @@ class Weights(WeightSums):
 
     @functools.cached_property
     def _jackknife(self) -> tuple[Tensor, Tensor]:
-        if len(self.turns):
+        if self.turns.shape[0]:
             found = between(self.turns, self.count)
             nothing = (self.maximum == -math.inf) & (found.number > 1)
             value = torch.where(nothing, -math.inf, self.log_px + found.correction)
@@ -284,12 +284,12 @@ class Weights(WeightSums):
 
         For quasi-Monte-Carlo draws the groups are the randomisations.
         """
-        if not len(self.groups):
+        if not self.groups.shape[0]:
             return self.groups
-        if len(self.turns):
+        if self.turns.shape[0]:
             sums = self.turns
-            g = torch.arange(len(sums), device=sums.device)[:, None]
-            others = (self.count - (self.count - g + len(sums) - 1) // len(sums)).double()
+            g = torch.arange(sums.shape[0], device=sums.device)[:, None]
+            others = (self.count - (self.count - g + sums.shape[0] - 1) // sums.shape[0]).double()
         else:
             sums, every = self.groups, self.moments[0, 0]
             others = (every - self.shares) * (self.count / every)
@@ -304,7 +304,7 @@ class Weights(WeightSums):
         found = self._estimates_in_cpp()
         if found is None:
             found = {name: getattr(self, name) for name in ESTIMATES}
-        elif len(self.turns):
+        elif self.turns.shape[0]:
             # The errors of quasi-Monte-Carlo draws are those of their randomisations.
             found["log_px_stderr"] = self.log_px_stderr
             found["jackknife"], found["jackknife_stderr"] = self._jackknife
@@ -351,14 +351,14 @@ class Weights(WeightSums):
         """Return the ends of an interval for log p(x), each [B], with coverage ``level`` over seeds."""
         fit = self._pareto
         ends = self._independent(level, fit)
-        return self._of_randomisations(level, *ends, fit.khat) if len(self.turns) else ends
+        return self._of_randomisations(level, *ends, fit.khat) if self.turns.shape[0] else ends
 
     def _of_randomisations(
         self, level: float, low: Tensor, high: Tensor, khat: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the interval from the spread of the randomisations, given that for independent draws."""
         found = between(self.turns, self.count)
-        quantile = [_student(level, n - 1) for n in range(2, len(self.turns) + 1)]
+        quantile = [_student(level, n - 1) for n in range(2, self.turns.shape[0] + 1)]
         number = (found.number - 2).clamp(min=0).long()
         error = found.stderr * found.stderr.new_tensor([*quantile, math.nan])[number]
         log_px = self.log_px

@@ -200,7 +200,8 @@ class Likelihood(nn.Module):
             fits = fits and value.shape == shape
             fix = "a mask needs log p of each element of the event"
         elif len(shape) > 1:
-            axes = f"summed over the event, [{rows}]; or of each element, {axes}"
+            # Formatting a compiler's symbolic size would fix it.
+            axes = f"summed over the event, [{'N' if fits else rows}]; or of each element, {axes}"
         check_result(
             self, "log_prob", "log p(x|z)", value, axes, value.shape if fits else shape, tensors(x)[0].device,
             fix,

@@ -83,7 +83,7 @@ class Categorical(Likelihood):
             # In a dtype that represents ignore_index.
             wide = x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x.long()
             x = torch.where(mask, wide, self.ignore_index)
-        return categorical_rows(x, parameters, self.ignore_index, self.axis).reshape(samples, len(x))
+        return categorical_rows(x, parameters, self.ignore_index, self.axis).reshape(samples, x.shape[0])
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         """Return log p [N, *event] of each element; 0 for ``ignore_index``.
@@ -133,7 +133,7 @@ class Categorical(Likelihood):
             )
         check_tensor("the decoder's logits", logits)
         check_same_device("the decoder's logits", logits, "x", x)
-        rows, event = samples * len(x), x.shape[1:]
+        rows, event = samples * x.shape[0], x.shape[1:]
         shape = (rows, "C", *event) if self.axis == 1 else (rows, *event, "C")
         fits = logits.dim() == len(shape)
         if not fits or any([m not in ("C", n) for n, m in zip(logits.shape, shape, strict=True)]):

@@ -87,14 +87,14 @@ class _Group:
                 x = torch.where(mask, as_int64(x), likelihood.ignore_index)
             seen = None if mask is None or not likelihood.probs else self.repeated.of(mask)
             logits = likelihood._logits(outputs[0], seen)
-            return column_rows(x, self.begins, logits, likelihood.ignore_index).reshape(samples, len(x))
+            return column_rows(x, self.begins, logits, likelihood.ignore_index).reshape(samples, x.shape[0])
         assert isinstance(likelihood, Declared)
         if len(self.places) == 1 or type(likelihood).log_likelihood is not Declared.log_likelihood:
             given = outputs if len(outputs) > 1 else outputs[0]
             return likelihood.log_likelihood(x, given, samples, Conditioning.of(mask, None, None))
         natural = likelihood._natural(outputs if len(outputs) > 1 else outputs[0], mask)
         returned = natural if isinstance(natural, tuple) else (natural,)
-        spread = [p.unflatten(0, (samples, len(x))) for p in returned]
+        spread = [p.unflatten(0, (samples, x.shape[0])) for p in returned]
         return likelihood._op(x, *likelihood._arranged(spread, self._given(x, outputs[0])), mask=mask)
 
     def _given(self, x: Tensor, output: Tensor) -> tuple[float | Tensor, ...]:
@@ -234,7 +234,7 @@ class Columns(Likelihood):
         """Draw each column, [N, n]."""
         dtype = accumulator(parameters.dtype)
         drawn = [place.likelihood.sample(o, generator=generator) for place, o in self._each(parameters)]
-        return torch.cat([d.reshape(len(parameters), 1).to(dtype) for d in drawn], 1)
+        return torch.cat([d.reshape(parameters.shape[0], 1).to(dtype) for d in drawn], 1)
 
     def extra_repr(self) -> str:
         return f"{len(self.names)} columns, width={self.width}"
@@ -253,11 +253,11 @@ class Columns(Likelihood):
             )
         check_tensor("the decoder's output", parameters)
         check_same_device("the decoder's output", parameters, "x", x)
-        if parameters.shape != (samples * len(x), self.width):
+        if parameters.shape != (samples * x.shape[0], self.width):
             raise ValueError(
-                f"the decoder's output has shape {shape_of(parameters)}; expected K·B = {samples}·{len(x)} "
-                f"rows of {self.width} numbers, the outputs of {len(self.names)} columns (the likelihood's "
-                ".width and .split)"
+                f"the decoder's output has shape {shape_of(parameters)}; expected K·B = "
+                f"{samples}·{x.shape[0]} rows of {self.width} numbers, the outputs of {len(self.names)} "
+                "columns (the likelihood's .width and .split)"
             )
 
 

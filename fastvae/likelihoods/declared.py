@@ -99,7 +99,7 @@ class Declared(Likelihood):
             return linear_rows(self.name, _flat(x), parameters)
         if not self.is_declared:
             of_rows = [
-                p for p in self._given(x) if isinstance(p, Tensor) and p.dim() == x.dim() and len(p) > 1
+                p for p in self._given(x) if isinstance(p, Tensor) and p.dim() == x.dim() and p.shape[0] > 1
             ]
             if not of_rows or samples == 1:
                 return super().log_likelihood(x, parameters, samples, conditioning)
@@ -210,7 +210,7 @@ class Declared(Likelihood):
         if size_factor is not None:
             returned = self._sized(returned, samples, size_factor)
         if x.dim() != 2:
-            x, returned = x.reshape(len(x), -1), tuple([p.reshape(len(p), -1) for p in returned])
+            x, returned = x.reshape(x.shape[0], -1), tuple([p.reshape(p.shape[0], -1) for p in returned])
             mask = flat_mask(mask)
         check_support(type(self), x, mask)
         return self.name, x, self._arranged(returned, rows), mask
@@ -219,7 +219,7 @@ class Declared(Likelihood):
         if not self.is_declared:
             return None
         given = self._given(x)
-        if any(isinstance(p, Tensor) and p.dim() == x.dim() and len(p) > 1 for p in given):
+        if any(isinstance(p, Tensor) and p.dim() == x.dim() and p.shape[0] > 1 for p in given):
             return None
         parameters = self._natural(parameters)
         first = parameters[0] if isinstance(parameters, (tuple, list)) and parameters else parameters
@@ -253,18 +253,18 @@ class Declared(Likelihood):
         ):
             return None
         given = self._given(x)
-        count, size = len(self.outputs) - len(given), x.shape[1:].numel()
+        count, size = len(self.outputs) - len(given), math.prod(x.shape[1:])
         # The fused op takes products for the first outputs only.
         if self._arranged(self.outputs[:count], self.outputs[count:]) != self.outputs:
             return None
-        features = [len(w) for w in layer.weights]
+        features = [w.shape[0] for w in layer.weights]
         if any([n % size for n in features]) or sum(features) != count * size:
             return None
         h = layer.input
-        fits = self._event(layer, x) == tuple(x.shape[1:]) and len(h) == samples * len(x)
+        fits = self._event(layer, x) == tuple(x.shape[1:]) and h.shape[0] == samples * x.shape[0]
         if not fits or not on_same_device(x.device, h.device):
             return None
-        if not pays(len(h), size, h, layer.weights[0].shape[1]):
+        if not pays(h.shape[0], size, h, layer.weights[0].shape[1]):
             return None
         if any([type(t) not in (Tensor, nn.Parameter) or t.dtype != h.dtype for t in layer.tensors]):
             return None
@@ -278,7 +278,7 @@ class Declared(Likelihood):
             weight = torch.cat(layer.weights)
             if any([b is not None for b in layer.biases]):
                 pairs = zip(layer.weights, layer.biases, strict=True)
-                bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in pairs])
+                bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in pairs])
         own = [None if row is None else row.reshape(-1) for row in rows]
         first, second = [*own, None, None][:2]
         layers = Layers(h, weight, bias, first, second, layer.hidden)
@@ -334,7 +334,7 @@ class Declared(Likelihood):
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(len(x), -1)
+    return x if x.dim() == 2 else x.reshape(x.shape[0], -1)
 
 
 def _dtype_of(parameters: Any) -> torch.dtype:
@@ -361,10 +361,10 @@ def check_rows(name: str, value: Any, x: Tensor, samples: int) -> None:
     check_tensor(f"the decoder's {name}", value)
     expected = (samples * x.shape[0], *x.shape[1:])
     if value.shape != expected:
-        same = value.shape[:1] == expected[:1] and value.shape[1:].numel() == x.shape[1:].numel()
+        same = value.shape[:1] == expected[:1] and math.prod(value.shape[1:]) == math.prod(x.shape[1:])
         hint = (
-            f"; the event's {x.shape[1:].numel()} values are there in another shape: reshape the decoder's "
-            "output or flatten x"
+            f"; the event's {math.prod(x.shape[1:])} values are there in another shape: reshape the "
+            "decoder's output or flatten x"
             if same
             else ""
         )

@@ -98,8 +98,8 @@ class DiscretizedLogisticMixture(Likelihood):
         self._check_grid(x, mask)
         x, parts = self._read(x, parameters, samples)
         if mask is not None:
-            return self._masked(x, parts, mask.reshape(x.shape)).reshape(samples, len(x))
-        return mixture_rows(x, parts, self._half).reshape(samples, len(x))
+            return self._masked(x, parts, mask.reshape(x.shape)).reshape(samples, x.shape[0])
+        return mixture_rows(x, parts, self._half).reshape(samples, x.shape[0])
 
     def log_prob(self, x: Tensor, parameters: Any) -> Tensor:
         """Return log p [N] of each row."""
@@ -159,7 +159,7 @@ class DiscretizedLogisticMixture(Likelihood):
         for name, part in zip(_OUTPUTS, parameters, strict=False):
             check_tensor(f"the decoder's {name}", part)
             check_same_device(f"the decoder's {name}", part, "x", x)
-        rows = samples * len(x)
+        rows = samples * x.shape[0]
         one = location.dim() == logits.dim()
         positions = x.shape[1:] if one else x.shape[2:]
         if logits.dim() < 2 or (logits.shape[0], *logits.shape[2:]) != (rows, *positions):
@@ -193,7 +193,7 @@ class DiscretizedLogisticMixture(Likelihood):
             for i, p in enumerate(parts)
         )
         assert logits is not None and location is not None and log_scale is not None
-        k = len(logits) // max(1, len(x))
+        k = logits.shape[0] // max(1, x.shape[0])
         x, mask = (v.flatten(2).repeat(k, 1, 1)[:, None] for v in (torch.where(mask, x, 0.0), mask))
         seen = mask.any(2)[:, 0]
         logits = torch.where(seen[:, None], logits, 0.0)

@@ -125,7 +125,7 @@ class Joint(Likelihood):
         begins = tuple(itertools.accumulate((value.shape[1] for value in logits), initial=0))
         data, row = torch.stack([x[name] for name in names], 1), torch.cat(logits, 1)
         value = column_rows(data, begins, first._logits(row), first.ignore_index)
-        return value.reshape(samples, len(data))
+        return value.reshape(samples, data.shape[0])
 
     def log_prob(self, x: Any, parameters: Any) -> Tensor:
         """Return log p(x|z) [N] of N rows.

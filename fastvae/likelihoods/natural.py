@@ -121,7 +121,7 @@ def _check(values: Tensor, high: float, owner: str, expected: str, instead: str,
     # Written so that NaN passes: NaN in gives NaN out.
     outside = least < 0 or most > high
     if outside and seen is not None and _fits(seen, values):
-        rows = values.detach().unflatten(0, (-1, len(seen)))
+        rows = values.detach().unflatten(0, (-1, seen.shape[0]))
         least, most = (float(v) for v in torch.where(seen, rows, 0.0).aminmax())
         outside = least < 0 or most > high
     if outside:
@@ -135,7 +135,7 @@ def _fits(seen: Tensor, values: Tensor) -> bool:
     """Return True if a mask [B, ...] broadcasts to values [K·B, ...]; other shapes raise elsewhere."""
     own, of_values = seen.shape[1:], values.shape[1:]
     return (
-        len(values) % len(seen) == 0
+        values.shape[0] % seen.shape[0] == 0
         and len(own) == len(of_values)
         and all([n in (1, m) for n, m in zip(own, of_values, strict=True)])
     )

@@ -37,7 +37,8 @@ class OptimalGaussian(Gaussian):
         learned: always False, as σ² is estimated.
 
     Raises:
-        RuntimeError: if the running mean is needed before any training step.
+        RuntimeError: if the running mean is needed before any training step. An exported program gives
+            NaN instead.
 
     References:
         Rybkin, Daniilidis & Levine, Simple and effective VAE training with calibrated decoders, 2021.
@@ -114,7 +115,8 @@ class OptimalGaussian(Gaussian):
             return (self._now.log(),)
         if not x.numel():
             return (0.0,)
-        if bool(self.variance.isnan()):
+        # An exported program cannot branch on values; there an unmeasured variance gives NaN.
+        if not torch.compiler.is_exporting() and bool(self.variance.isnan()):
             raise RuntimeError(
                 "scale='optimal' has no variance yet, which it measures in training mode with gradients "
                 "enabled; train first, load a state_dict, or give a number, as in "

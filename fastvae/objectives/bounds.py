@@ -273,12 +273,12 @@ class UStatistic(Bound):
 
     def reduce(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         index, chosen = self._blocks(log_w)
-        bound, weights = power_mean(chosen, groups=len(chosen) // self.m)
+        bound, weights = power_mean(chosen, groups=chosen.shape[0] // self.m)
         return bound, torch.zeros_like(log_w).index_add(0, index, weights)
 
     def paths(self, log_w: Tensor) -> Tensor:
         index, chosen = self._blocks(log_w)
-        groups = len(chosen) // self.m
+        groups = chosen.shape[0] // self.m
         weights = power_mean(chosen, groups=groups)[1]
         return torch.zeros_like(log_w).index_add(0, index, groups * weights.square())
 

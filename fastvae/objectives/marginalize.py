@@ -251,9 +251,9 @@ def _of_each_class(
     one_hot = torch.eye(classes, dtype=dtype, device=like.device)
     parts = []
     for some in one_hot.split(chunk):
-        part = bound(_repeated(x, len(some)), some.repeat(batch, 1))
-        _check_bounds(part, batch, len(some), like)
-        parts.append(part.reshape(batch, len(some)))
+        part = bound(_repeated(x, some.shape[0]), some.repeat(batch, 1))
+        _check_bounds(part, batch, some.shape[0], like)
+        parts.append(part.reshape(batch, some.shape[0]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -263,25 +263,28 @@ def _repeated(x: Any, times: int) -> Any:
     def repeated(t: Tensor) -> Tensor:
         if not is_sparse(t):
             return t.repeat_interleave(times, 0)
-        return at_rows(t, torch.arange(len(t), device=t.device).repeat_interleave(times))
+        return at_rows(t, torch.arange(t.shape[0], device=t.device).repeat_interleave(times))
 
     return x if times == 1 else each(repeated, x)
 
 
 def _check_bounds(part: Any, batch: int, classes: int, like: Tensor) -> None:
     rows = batch * classes
-    expected = f"expected B·C = {batch}·{classes} bounds [{rows}], one for each row that it is given"
+
+    def expected() -> str:  # not formatted without an error: that would fix a compiler's symbolic sizes
+        return f"expected B·C = {batch}·{classes} bounds [{rows}], one for each row that it is given"
+
     if not isinstance(part, Tensor):
         is_result = isinstance(part, tuple) or is_dataclass(part)
         hint = ", such as its log_px or bound" if is_result else ""
-        raise TypeError(f"bound returned {type(part).__name__}; {expected}, in one tensor{hint}")
+        raise TypeError(f"bound returned {type(part).__name__}; {expected()}, in one tensor{hint}")
     if part.shape != (rows,):
         hint = ": give the objective reduction='none'" if part.dim() == 0 else ""
-        raise ValueError(f"bound returned a tensor of shape {shape_of(part)}; {expected}{hint}")
+        raise ValueError(f"bound returned a tensor of shape {shape_of(part)}; {expected()}{hint}")
     if part.dtype not in FLOATING:
-        raise TypeError(f"bound returned a tensor of {part.dtype}; {expected}, of a floating-point dtype")
+        raise TypeError(f"bound returned a tensor of {part.dtype}; {expected()}, of a floating-point dtype")
     if not on_same_device(part.device, like.device):
-        raise ValueError(f"bound returned a tensor on {part.device} but x is on {like.device}; {expected}")
+        raise ValueError(f"bound returned a tensor on {part.device} but x is on {like.device}; {expected()}")
 
 
 def _batch_of(x: Any) -> tuple[Tensor, int]:

@@ -30,6 +30,7 @@ every posterior has −∞ and zero gradient. A term of r below the smallest nor
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -88,14 +89,14 @@ def aggregate_log_prob(
     if dataset_size is not None:
         _check_strata(z, mu, check_count("dataset_size", dataset_size, "the examples of the whole data set"))
     dtype = torch.float64 if torch.float64 in (z.dtype, mu.dtype, logvar.dtype) else torch.float32
-    rows = z if z.dim() == 2 else z.reshape(z.shape[:-1].numel(), z.shape[-1])
+    rows = z if z.dim() == 2 else z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
     inputs = (cast(t, dtype) for t in (rows, mu, logvar))
     whole, each = _aggregate_log_prob(*inputs, dataset_size or 0)
     return (whole, each) if z.dim() == 2 else (whole.reshape(z.shape[:-1]), each.reshape(z.shape))
 
 
 def _check_strata(z: Tensor, mu: Tensor, dataset_size: int) -> None:
-    batch = len(mu)
+    batch = mu.shape[0]
     if batch < 2:
         raise ValueError(
             f"mu has shape {shape_of(mu)}: stratified weights need a batch of at least 2 examples; use equal "
@@ -164,7 +165,7 @@ class _AggregateLogProb(Op):
         _check_inputs(self.contract, z, mu, logvar, dataset_size)
 
     def fake(self, z, mu, logvar, dataset_size):
-        return z.new_empty(len(z)), z.new_empty(z.shape)
+        return z.new_empty(z.shape[0]), z.new_empty(z.shape)
 
     def forward(self, run, ctx, z, mu, logvar, dataset_size):
         whole, each = run(z, mu, logvar, dataset_size)

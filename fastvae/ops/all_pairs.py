@@ -105,8 +105,8 @@ def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
             f"{declared.outputs[0]} has shape {shape_of(first)} and x {shape_of(x)}; expected [K, *event] "
             "and [B, *event], of the same event"
         )
-    size = x.shape[1:].numel()
-    flat, rows = [first.reshape(len(first), size)], x.reshape(len(x), size)
+    size = math.prod(x.shape[1:])
+    flat, rows = [first.reshape(first.shape[0], size)], x.reshape(x.shape[0], size)
     for output, value in zip(declared.outputs[1:], outputs[1:], strict=True):
         dtype = None if isinstance(value, Tensor) else accumulator(first.dtype)
         p = as_tensor(value, dtype, x.device)
@@ -117,7 +117,7 @@ def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
                 f"{output} has shape {shape_of(p)}; expected that of {declared.outputs[0]}, "
                 f"{shape_of(first)}, a row {list(x.shape[1:])}, or one number"
             )
-        flat.append(p.reshape(len(first), size) if p.shape == first.shape else p.reshape(1, -1))
+        flat.append(p.reshape(first.shape[0], size) if p.shape == first.shape else p.reshape(1, -1))
     for output, p in zip(declared.outputs, flat, strict=True):
         check_same_device(output, p, "x", x)
     check_support(declared, x)
@@ -130,10 +130,10 @@ def _declared(name: str, x: Tensor, outputs: Any) -> Tensor:
     op = PUBLIC[name]
 
     def of_tile(part: Tensor, tile: Any, samples: int) -> Tensor:
-        spread = [p[:, None].expand(samples, len(part), size) for p in tile]
+        spread = [p[:, None].expand(samples, part.shape[0], size) for p in tile]
         return op(part, *spread)
 
-    return _by_tiles(rows, [p.expand(len(first), size) for p in flat], of_tile, spread=False)
+    return _by_tiles(rows, [p.expand(first.shape[0], size) for p in flat], of_tile, spread=False)
 
 
 def _check_here(declared: Any, x: Tensor) -> None:
@@ -152,18 +152,18 @@ def _by_tiles(x: Any, parameters: Any, function: Callable[..., Tensor], spread: 
     """
     single = isinstance(parameters, Tensor)
     parts, made = [parameters] if single else list(parameters), getattr(parameters, "_make", tuple)
-    if not all(isinstance(p, Tensor) and p.dim() and len(p) == len(parts[0]) for p in parts):
+    if not all(isinstance(p, Tensor) and p.dim() and p.shape[0] == parts[0].shape[0] for p in parts):
         raise TypeError("parameters must be a tensor [K, ...], or a tuple of such")
-    batch, count = len(x), len(parts[0])
+    batch, count = x.shape[0], parts[0].shape[0]
     numbers = max(1, sum(p[:1].numel() for p in parts))
     rows = max(1, min(batch, _TILE // numbers))
     at_once = max(1, _TILE // (numbers * rows))
     wants = torch.is_grad_enabled() and any(p.requires_grad for p in (x, *parts))
 
     def of_tile(part: Tensor, *tile: Tensor) -> Tensor:
-        samples = len(tile[0])
+        samples = tile[0].shape[0]
         if spread:
-            tile = tuple(p.repeat_interleave(len(part), 0) for p in tile)
+            tile = tuple(p.repeat_interleave(part.shape[0], 0) for p in tile)
         return function(part, tile[0] if single else made(tile), samples)
 
     result = []
@@ -190,9 +190,9 @@ def _poisson(x: Tensor, log_mean: Tensor) -> Tensor:
 
 def _gaussian(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     # Centring reduces cancellation. The centre skips non-finite examples, which must not affect others.
-    centre = (torch.where(x.isfinite(), x, 0.0).sum(0) / max(1, len(x))).detach()
+    centre = (torch.where(x.isfinite(), x, 0.0).sum(0) / max(1, x.shape[0])).detach()
     x, mean = x - centre, mean - centre
-    precision = torch.exp(-logvar).expand(len(logvar), x.shape[1])
+    precision = torch.exp(-logvar).expand(logvar.shape[0], x.shape[1])
     of_z = (mean.square() * precision + logvar + math.log(2 * math.pi)).sum(1, keepdim=True)
     return (mean * precision) @ x.mT - 0.5 * (of_z + precision @ x.square().mT)
 

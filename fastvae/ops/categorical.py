@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -169,7 +170,7 @@ def _table(begins: tuple[int, ...], device: torch.device) -> Tensor:
 
 def categorical_rows(x: Tensor, logits: Tensor, ignore_index: int, axis: int = 1) -> Tensor:
     """Return log p [N] of x [B, *event] and validated logits [N, C, *event], or [N, *event, C]."""
-    batch, event = len(x), x.shape[1:].numel()
+    batch, event = x.shape[0], math.prod(x.shape[1:])
     last, rows = axis == -1, logits.shape[0]
     # The C++ checks in the pass that reads the data.
     if not torch.compiler.is_compiling() and not (x.is_cpu and _backend.on_cpu() == "native"):
@@ -252,7 +253,7 @@ def categorical_log_prob(x: Tensor, logits: Tensor, ignore_index: int = -100, *,
         )
     if lead == 0:
         return categorical_rows(x, logits, ignore_index, axis)
-    rows = logits.reshape(logits.shape[: lead + 1].numel(), *logits.shape[lead + 1 :])
+    rows = logits.reshape(math.prod(logits.shape[: lead + 1]), *logits.shape[lead + 1 :])
     return categorical_rows(x, rows, ignore_index, axis).reshape(logits.shape[: lead + 1])
 
 

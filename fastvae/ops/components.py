@@ -15,6 +15,7 @@ log-sums of each position are kept for the gradient.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -124,7 +125,7 @@ def mixture_rows(x: Tensor, parameters: Sequence[Tensor | None], half: float) ->
 
 
 def _flat(tensor: Tensor, first: int) -> Tensor:
-    return tensor.reshape(*tensor.shape[:first], tensor.shape[first:].numel())
+    return tensor.reshape(*tensor.shape[:first], math.prod(tensor.shape[first:]))
 
 
 def discretized_logistic_mixture_log_prob(
@@ -171,7 +172,7 @@ def discretized_logistic_mixture_log_prob(
         check_same_device(name, p, "x", x)
         own = (x.shape[1],) if name != "logits" else ()
         expected = (*logits.shape[: lead + 2], *own, *x.shape[2:])
-        if x.dim() < 2 or lead < 0 or logits.shape[lead] != len(x) or p.shape != expected:
+        if x.dim() < 2 or lead < 0 or logits.shape[lead] != x.shape[0] or p.shape != expected:
             raise ValueError(
                 f"{name} has shape {shape_of(p)} for an x of {shape_of(x)}; expected x [B, E, *positions], "
                 "logits [..., B, M, *positions], the others [..., B, M, E, *positions]"
@@ -179,7 +180,7 @@ def discretized_logistic_mixture_log_prob(
     if coefficients is not None and x.shape[1] != 3:
         raise ValueError(f"coefficients are of 3 colours, but x has {x.shape[1]} channels: {shape_of(x)}")
     rows = [
-        None if p is None else p.reshape(p.shape[: lead + 1].numel(), *p.shape[lead + 1 :])
+        None if p is None else p.reshape(math.prod(p.shape[: lead + 1]), *p.shape[lead + 1 :])
         for p in named.values()
     ]
     return mixture_rows(x, rows, 1.0 / (levels - 1)).reshape(logits.shape[: lead + 1])

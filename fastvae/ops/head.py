@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -93,9 +94,11 @@ def hidden_may_pay(h: Tensor) -> bool:
     """Return True if :func:`hidden_pay` may be True for some widths."""
     if h.is_cuda:
         # The kernel of whole decoders has no gradients.
-        few = len(h) < FEWEST_CHAIN_ROWS or torch.is_grad_enabled()
+        few = h.shape[0] < FEWEST_CHAIN_ROWS or torch.is_grad_enabled()
         return not few and _backend.on_gpu(h.device) == "triton"
-    return HAS_TILES and h.dtype == torch.float32 and h.device.type == "cpu" and len(h) >= FEWEST_HIDDEN_ROWS
+    return (
+        HAS_TILES and h.dtype == torch.float32 and h.device.type == "cpu" and h.shape[0] >= FEWEST_HIDDEN_ROWS
+    )
 
 
 def hidden_pay(h: Tensor, widths: Sequence[int]) -> bool:
@@ -103,7 +106,7 @@ def hidden_pay(h: Tensor, widths: Sequence[int]) -> bool:
     if h.is_cuda:
         return hidden_may_pay(h) and bool(_backend.layer("triton", "chain").fits(h, widths))
     most = max(widths)
-    return hidden_may_pay(h) and len(h) >= ROWS_PER_INPUT * most and most <= WIDEST_HIDDEN
+    return hidden_may_pay(h) and h.shape[0] >= ROWS_PER_INPUT * most and most <= WIDEST_HIDDEN
 
 
 def in_one_kernel(likelihood: str, x: Tensor, layers: Layers) -> bool:
@@ -178,7 +181,7 @@ def _check_inputs(contract, x, h, weight, bias, *others):
     for i in range(0, len(hidden), 2):
         if hidden[i] is not None:
             contract.expect(f"hidden{i // 2}", hidden[i], None, (-1, inner))
-            inner = len(hidden[i])
+            inner = hidden[i].shape[0]
             contract.expect(f"hidden_bias{i // 2}", hidden[i + 1], None, (inner,))
     contract.expect("weight", weight, None, (-1, inner))
     if h.shape[0] % batch if batch else h.shape[0]:
@@ -345,9 +348,9 @@ class _ReduceLinearBackward(Op):
             args[3 + _TENSORS : 6 + _TENSORS],
         )
         samples = _check_inputs(self.contract, *tensors)
-        check_bound(self.contract, len(tensors[0]), len(tensors[1]), term, beta, how)
+        check_bound(self.contract, tensors[0].shape[0], tensors[1].shape[0], term, beta, how)
         dtype = result_dtype(*(t for t in tensors if t is not None))
-        check_grads(self.contract, len(tensors[0]), samples, how, dtype, grads)
+        check_grads(self.contract, tensors[0].shape[0], samples, how, dtype, grads)
 
     def fake(self, grad_bound, grad_log_likelihood, weights, x, *rest):
         tensors, need = [*rest[:_GRADIENTS], rest[_GRADIENTS]], rest[-1]
@@ -437,7 +440,7 @@ class _ReduceLinear(Op):
     def check(self, *args):
         tensors, (term, beta, how) = args[:_TENSORS], args[_TENSORS : _TENSORS + 3]
         _check_inputs(self.contract, *tensors)
-        check_bound(self.contract, len(tensors[0]), len(tensors[1]), term, beta, how)
+        check_bound(self.contract, tensors[0].shape[0], tensors[1].shape[0], term, beta, how)
 
     def fake(self, x, h, *rest):
         *others, term, _, how, _, _, terms, need = rest
@@ -606,7 +609,7 @@ def linear_log_prob(
         if t is not None:
             check_tensor(name, t)
             check_same_device(name, t, "x", x)
-    size = x.shape[1:].numel()
+    size = math.prod(x.shape[1:])
     if x.dim() == 0 or h.dim() < 2 or h.shape[-2] != x.shape[0]:
         raise ValueError(
             f"h has shape {shape_of(h)} and x {shape_of(x)}; expected [..., B, H] and [B, *event], of the "
@@ -632,4 +635,4 @@ def linear_log_prob(
         rows.append(p.reshape(-1))
     first, second = [*rows, None, None][:2]
     layers = Layers(h.reshape(-1, h.shape[-1]), weight, bias, first, second)
-    return linear_rows(likelihood, x.reshape(len(x), size), layers).reshape(h.shape[:-1])
+    return linear_rows(likelihood, x.reshape(x.shape[0], size), layers).reshape(h.shape[:-1])

@@ -116,16 +116,16 @@ def _flat(
     flat = []
     for p in parameters:
         # Explicit sizes, since -1 is ambiguous for an empty batch.
-        shape = (p.shape[:lead].numel(), p.shape[lead], p.shape[lead + 1 :].numel())
+        shape = (math.prod(p.shape[:lead]), p.shape[lead], math.prod(p.shape[lead + 1 :]))
         flat.append(p if p.shape == shape else p.reshape(shape))
-    return x if x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel()), flat_mask(mask), flat
+    return x if x.dim() == 2 else x.reshape(x.shape[0], math.prod(x.shape[1:])), flat_mask(mask), flat
 
 
 def flat_mask(mask: Tensor | None) -> Tensor | None:
     """Reshape a mask [B, *event] to [B, X]; one that all rows share is not copied for each."""
     if mask is None or mask.dim() == 2:
         return mask
-    rows, size = mask.shape[0], mask.shape[1:].numel()
+    rows, size = mask.shape[0], math.prod(mask.shape[1:])
     if rows > 1 and mask.stride(0) == 0:
         return mask[:1].reshape(1, size).expand(rows, size)
     return mask.reshape(rows, size)

@@ -16,6 +16,8 @@ chunk: ``fastvae/estimation/weights.py``.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ..core import backend as _backend
@@ -60,7 +62,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     if moved.dim() == 2:
         return _log_mean_exp(moved)[0]
     rest = moved.shape[1:]
-    return _log_mean_exp(moved.reshape(moved.shape[0], rest.numel()))[0].reshape(rest)
+    return _log_mean_exp(moved.reshape(moved.shape[0], math.prod(rest)))[0].reshape(rest)
 
 
 class _LogMeanExpBackward(Op):

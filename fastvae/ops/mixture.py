@@ -73,12 +73,12 @@ def mixture_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, logits: Tensor | Non
         )
     wide = torch.float64 in (z.dtype, mu.dtype, logvar.dtype, None if logits is None else logits.dtype)
     dtype = torch.float64 if wide else torch.float32
-    count = len(mu)
+    count = mu.shape[0]
     if logits is None:
         log_weight = z.new_full((count,), -math.log(count), dtype=dtype)
     else:
         log_weight = torch.log_softmax(cast(logits, dtype), 0)
-    rows = z if z.dim() == 2 else z.reshape(z.shape[:-1].numel(), z.shape[-1])
+    rows = z if z.dim() == 2 else z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
     value = _mixture_log_prob(cast(rows, dtype), cast(mu, dtype), cast(logvar, dtype), log_weight)[0]
     return value if z.dim() == 2 else value.reshape(z.shape[:-1])
 
@@ -89,14 +89,14 @@ def check_components(mu: Tensor, logvar: Tensor, logits: Tensor | None) -> None:
     check_tensor("logvar", logvar, 2, "[U, D]")
     check_same_shape("logvar", logvar, "mu", mu)
     check_same_device("logvar", logvar, "mu", mu)
-    if len(mu) == 0:
+    if mu.shape[0] == 0:
         raise ValueError(f"mu has shape {shape_of(mu)}: a mixture needs at least one component")
     if logits is not None:
         check_tensor("logits", logits, 1, "[U]")
         check_same_device("logits", logits, "mu", mu)
-        if len(logits) != len(mu):
+        if logits.shape[0] != mu.shape[0]:
             raise ValueError(
-                f"logits has shape {shape_of(logits)}; expected [U] = [{len(mu)}], a number for each "
+                f"logits has shape {shape_of(logits)}; expected [U] = [{mu.shape[0]}], a number for each "
                 f"component of mu {shape_of(mu)}"
             )
 
@@ -150,7 +150,7 @@ class _MixtureLogProb(Op):
         _check_inputs(self.contract, z, mu, logvar, log_weight)
 
     def fake(self, z, mu, logvar, log_weight):
-        return tuple(z.new_empty(len(z)) for _ in range(3))
+        return tuple(z.new_empty(z.shape[0]) for _ in range(3))
 
     def forward(self, run, ctx, *tensors):
         value, maximum, total = run(*tensors)

@@ -15,6 +15,7 @@ probability 0. A sparse x is given by its values and columns; no dense copy of i
 from __future__ import annotations
 
 import functools
+import math
 from typing import NoReturn
 
 import torch
@@ -163,15 +164,15 @@ def check_columns(begins: Tensor, columns: Tensor, width: int) -> None:
 
 def multinomial_rows(x: Tensor, logits: Tensor, mask: Tensor | None, coefficient: bool) -> Tensor:
     """Return log p [N] of x [B, *event] and validated logits [N, *event]."""
-    rows = logits if logits.dim() == 2 else logits.reshape(len(logits), logits.shape[1:].numel())
+    rows = logits if logits.dim() == 2 else logits.reshape(logits.shape[0], math.prod(logits.shape[1:]))
     begins = columns = None
     if is_sparse(x):
         x, begins, columns = csr_parts(x)
     elif x.dim() != 2:
-        x = x.reshape(x.shape[0], x.shape[1:].numel())
-    # The C++ checks in the pass that reads the data.
-    checked = x.is_cpu and _backend.on_cpu() == "native"
-    if not torch.compiler.is_compiling() and not checked and may_look(x):
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    # The C++ checks in the pass that reads the data. A compiler cannot look up the backend.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not (x.is_cpu and _backend.on_cpu() == "native") and may_look(x):
         seen = x if mask is None or begins is not None else x[flat_mask(mask)]
         if bool((seen < 0).any()):
             refuse_counts(seen)
@@ -240,5 +241,5 @@ def multinomial_log_prob(
     if mask is not None:
         mask = as_mask(mask, x)
     lead_shape = logits.shape[: lead + 1]
-    rows = logits if lead == 0 else logits.reshape(lead_shape.numel(), *logits.shape[lead + 1 :])
+    rows = logits if lead == 0 else logits.reshape(math.prod(lead_shape), *logits.shape[lead + 1 :])
     return multinomial_rows(x, rows, mask, coefficient).reshape(lead_shape)

@@ -25,6 +25,7 @@ and gradients below the smallest normal number are zero (:mod:`fastvae.ops.logsu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -169,7 +170,7 @@ def _check_inputs(contract: Contract, number: int, x: Tensor, mask: Tensor | Non
         contract.refuse("x", x, "[B, X]")
     contract.expect("mask", mask, torch.bool, tuple(x.shape))
     names = contract.names[-2 - number : -2]
-    rows, columns = parameters[0].shape[:1].numel(), x.shape[1]
+    rows, columns = math.prod(parameters[0].shape[:1]), x.shape[1]
     contract.expect(names[0], parameters[0], None, (-1, columns))
     if rows % x.shape[0] if x.shape[0] else rows:
         contract.refuse(names[0], parameters[0], f"a multiple of x's {x.shape[0]} rows")

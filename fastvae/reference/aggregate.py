@@ -21,9 +21,9 @@ def _scores(
     white = (z[:, None] - mu) * inverse
     constant = -0.5 * (logvar + math.log(2 * math.pi))
     if dataset_size:
-        log_weight = stratified_log_weights(first, len(z), len(mu), dataset_size, z)
+        log_weight = stratified_log_weights(first, z.shape[0], mu.shape[0], dataset_size, z)
     else:
-        log_weight = z.new_full((len(z), len(mu)), -math.log(len(mu)))
+        log_weight = z.new_full((z.shape[0], mu.shape[0]), -math.log(mu.shape[0]))
     square = -0.5 * white.square()
     whole = log_weight + constant.sum(1) + square.sum(2)
     return whole, log_weight[:, :, None] + (constant + square), white, inverse
@@ -64,7 +64,7 @@ def aggregate_log_prob_backward(
     """Return gradients of (z, mu, logvar), None where not needed."""
     by_z, by_mu, by_logvar = torch.zeros_like(z), torch.zeros_like(mu), torch.zeros_like(logvar)
     size = _rows(mu)
-    for first in range(0, len(z), size):
+    for first in range(0, z.shape[0], size):
         at = slice(first, first + size)
         whole, each, white, inverse = _scores(first, z[at], mu, logvar, dataset_size)
         share = torch.zeros_like(white)

@@ -13,7 +13,7 @@ FEWEST_ROWS = 16
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """Return the indices [N] int64 of the codes [U, D] nearest to z [N, D], in float32 or float64."""
-    rows, codes = len(z), len(codebook)
+    rows, codes = z.shape[0], codebook.shape[0]
     centre = codebook.mean(0)
     codebook = codebook - centre
     half = 0.5 * codebook.square().sum(1)
@@ -25,6 +25,6 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
         part = slice(first, first + size)
         some = z[part] - centre
         # Given out=, autocast does not change the product's dtype.
-        score = torch.addmm(half, some, codebook.T, alpha=-1, out=scores[: len(some)])
+        score = torch.addmm(half, some, codebook.T, alpha=-1, out=scores[: some.shape[0]])
         torch.argmin(score, 1, out=index[part])
     return index

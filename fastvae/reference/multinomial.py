@@ -44,7 +44,7 @@ def multinomial_log_prob(
     coefficient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log p [N], log-sums [N] and numbers of counts [B]."""
-    rows = len(logits)
+    rows = logits.shape[0]
     if not logits.numel():
         batch = x.shape[0] if begins is None else begins.shape[0] - 1
         dtype = torch.float64 if torch.float64 in (x.dtype, logits.dtype) else torch.float32
