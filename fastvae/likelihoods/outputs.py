@@ -69,8 +69,8 @@ def by_name(likelihood: Likelihood, output: Any) -> Any:
     named = [name for name in found if name in KNOWN or name in WHOLE]
     # A tuple with field names of the user's own is read by position.
     if not (named or isinstance(output, Mapping)):
-        alone = isinstance(output, tuple) and len(output) == 1 and len(likelihood.expected_names) == 1
-        return output[0] if alone else output
+        one = isinstance(output, tuple) and len(output) == 1 and len(likelihood.expected_names) == 1
+        return output[0] if one and type(output) is not Natural else output
     selected = _selected(likelihood, output, entries, found)
     return selected[0] if len(selected) == 1 else tuple(selected)
 
