@@ -1,4 +1,4 @@
-"""torch.compile and torch.export of every entry point, for any batch size; posteriors as plain objects."""
+"""torch.compile of every entry point, in one graph and with graph breaks; posteriors as plain objects."""
 
 from __future__ import annotations
 

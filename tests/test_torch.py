@@ -1162,6 +1162,39 @@ def test_one_graph_for_every_batch(name):
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("name", ["bernoulli", "mixture", "vamp", "beta_tc"])
+def test_a_batch_marked_as_dynamic(name):
+    """A graph that fixes the size would raise."""
+    vae, options, make = _dynamic(name)
+    x = make(5)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.manual_seed(6)
+    value = torch.compile(lambda x: vae(x, **options), fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+    torch.manual_seed(6)
+    torch.testing.assert_close(value, vae(make(5), **options))
+
+
+@pytest.mark.parametrize("prior", ["mixture", "laplace"])
+def test_vmap_over_dreg(prior):
+    """torch.func's gradients of each example equal those of the example alone."""
+    zeros = torch.zeros(D, device=DEVICE)
+    priors = {"mixture": _PRIORS["mixture"], "laplace": lambda: fastvae.distributions.Laplace(zeros, zeros)}
+    p, decoder, x = priors[prior](), nn.Linear(D, X).to(DEVICE), rand(B, X, seed=3).round()
+    q = randn(B, 2 * D, seed=4)
+
+    def objective(q, x):
+        options = {"k": K, "estimator": "dreg", "likelihood": "bernoulli", "prior": p}
+        return fastvae.iwae(x[None], q[None], decoder, **options)
+
+    each = torch.func.vmap(torch.func.grad(objective), randomness="same")
+    torch.manual_seed(8)
+    together = each(q, x)
+    for i in range(B):
+        torch.manual_seed(8)
+        torch.testing.assert_close(together[i], torch.func.grad(objective)(q[i], x[i]))
+
+
 def test_export_keeps_the_ops():
     """torch.export traces the public ops into their dispatcher entries, including shapes."""
 
