@@ -419,13 +419,15 @@ def test_draws_have_the_full_covariance():
     assert bool(((found - expected).abs() < 6 * error).all())
 
 
-def test_the_tail_of_a_quantile_function_is_accurate(monkeypatch):
-    """The quantile function's argument is computed in float64: in float32 it is 1 from 5.3 sigma on."""
+@pytest.mark.parametrize("family", [td.Laplace, td.Cauchy])
+def test_the_tail_of_a_quantile_function_is_accurate(family, monkeypatch):
+    """A normal's upper tail is not 1 − u, which in float32 is 0 from 5.3 sigma on."""
     eps = torch.tensor([-6.5, 6.5], dtype=torch.float64, device=DEVICE)
-    monkeypatch.setattr(fastvae.random, "normal", lambda *_, **__: eps.reshape(1, 1, 2))
-    z, _ = TorchDistribution(td.Laplace(torch.zeros(1, 2, device=DEVICE), 1.0)).rsample_log_prob(1, SEED)
+    monkeypatch.setattr(fastvae.random, "normal", lambda *_, dtype, **__: eps.to(dtype).reshape(1, 1, 2))
+    z, _ = TorchDistribution(family(torch.zeros(1, 2, device=DEVICE), 1.0)).rsample_log_prob(1, SEED)
     # Both are the quantiles of tail probability 4.016e-11.
-    expected = -math.log(2 * 0.5 * math.erfc(6.5 / math.sqrt(2)))
+    tail = 0.5 * math.erfc(6.5 / math.sqrt(2))
+    expected = -math.log(2 * tail) if family is td.Laplace else 1 / math.tan(math.pi * tail)
     torch.testing.assert_close(
         z.flatten().double(), torch.tensor([-expected, expected], device=DEVICE).double(), rtol=1e-4, atol=0
     )
